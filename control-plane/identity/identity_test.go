@@ -1,0 +1,42 @@
+package identity_test
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/identity"
+)
+
+func TestSPIFFERoundTrip(t *testing.T) {
+	want := identity.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "payments"}
+	if got := want.SPIFFE(); got != "spiffe://cluster.local/ns/shop/sa/payments" {
+		t.Fatalf("SPIFFE() = %q", got)
+	}
+	got, err := identity.Parse(want.SPIFFE())
+	if err != nil || got != want {
+		t.Fatalf("Parse = %+v, %v", got, err)
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	for _, s := range []string{
+		"", "https://cluster.local/ns/shop/sa/x", "spiffe://cluster.local", "spiffe:///ns/shop/sa/x",
+		"spiffe://cluster.local/ns/shop/sa/", "spiffe://cluster.local/ns/shop/sa/x/y", "spiffe://cluster.local/ns/../sa/x",
+		"spiffe://cluster.local/ns/sh%6fp/sa/x", "spiffe://cluster.local/ns/shop/sa/x?y", "spiffe://Cluster.local/ns/shop/sa/x",
+	} {
+		if id, err := identity.Parse(s); !errors.Is(err, identity.ErrNotWorkload) {
+			t.Errorf("Parse(%q) = %+v, %v; want ErrNotWorkload", s, id, err)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add("spiffe://cluster.local/ns/shop/sa/payments")
+	f.Add("spiffe://x/ns//sa/")
+	f.Fuzz(func(t *testing.T, s string) {
+		id, err := identity.Parse(s)
+		if err == nil && id.SPIFFE() != s {
+			t.Fatalf("Parse(%q) accepted what it writes as %q", s, id.SPIFFE())
+		}
+	})
+}

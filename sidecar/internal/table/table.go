@@ -1,0 +1,82 @@
+// Package table is the routing snapshot of the sidecar: what the control plane
+// said, decoded and compiled, never changed once published, swapped as a whole
+// behind one atomic pointer.
+//
+// xdsclient makes Tables; the proxy reads them. State that outlives a Table
+// (breakers, connection pools, loads of endpoints) is kept by upstream under
+// the cluster's name.
+package table
+
+import (
+	"sync/atomic"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/outlier"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/retry"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/route"
+)
+
+// Table is one consistent configuration.
+type Table struct {
+	// Version names the configuration in logs: a hash over the versions of the
+	// resources in it.
+	Version string
+	// Destinations by key, <namespace>/<service>:<port>.
+	Destinations map[string]*Destination
+	// Clusters by name, which is a key too.
+	Clusters map[string]*Cluster
+}
+
+// Destination is what is known of a port that the application calls.
+type Destination struct {
+	Key string
+	// Missing: the control plane answered that no such service exists.
+	Missing bool
+	// Protocol is http or tcp.
+	Protocol string
+	// Routes of an http destination.
+	Routes *route.Config
+	// Cluster of a tcp destination.
+	Cluster string
+}
+
+// Cluster is a destination's endpoints and the policies that guard them.
+type Cluster struct {
+	Name      string
+	Endpoints []balance.Endpoint
+	// Breaker is nil where no policy sets trip.
+	Breaker *breaker.Policy
+	Limits  Limits
+	// LimitsObserve: count what the limits would have rejected, reject nothing.
+	LimitsObserve bool
+	Outlier       *outlier.Policy
+	Budget        retry.Budget
+	// Policy is <namespace>/<name> of the CircuitBreaker; empty without one.
+	Policy string
+}
+
+// Limits of this proxy's use of a cluster; 0 is no limit.
+type Limits struct {
+	Connections     uint32
+	PendingRequests uint32
+	Requests        uint32
+	Retries         uint32
+}
+
+// Current is the published Table. The zero value holds an empty one. It is
+// safe for concurrent use.
+type Current struct{ p atomic.Pointer[Table] }
+
+// Load returns the Table in force; never nil.
+func (c *Current) Load() *Table {
+	if t := c.p.Load(); t != nil {
+		return t
+	}
+	return &empty
+}
+
+// Store publishes t, which must not be changed afterwards.
+func (c *Current) Store(t *Table) { c.p.Store(t) }
+
+var empty Table
