@@ -1,5 +1,7 @@
 // Package outlier decides which endpoints are ejected from load balancing and
-// when they return: Envoy's outlier detection.
+// when they return: Envoy's outlier detection, with the arithmetic of every
+// decision. It knows neither requests nor connections; upstream tells it results
+// and asks whom to leave out.
 //
 // It is pure: the time of every event is an argument. One Detector serves one
 // cluster; its owner serialises the calls.
