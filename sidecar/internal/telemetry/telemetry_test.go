@@ -1,0 +1,107 @@
+package telemetry
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
+)
+
+var node = bootstrap.Config{Namespace: "shop", Workload: "storefront", Instance: "storefront-0"}
+
+func TestTraceparent(t *testing.T) {
+	const caller = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+	var c TraceContext
+	c.Begin([]byte(caller), false)
+	if !c.Joined || !c.Sampled || string(c.ParentID[:]) != "00f067aa0ba902b7" {
+		t.Fatalf("did not join %s: %+v", caller, c)
+	}
+	next := string(c.AppendTraceparent(nil))
+	if !strings.HasPrefix(next, "00-4bf92f3577b34da6a3ce929d0e0e4736-") || !strings.HasSuffix(next, "-01") || strings.Contains(next, "00f067aa0ba902b7") {
+		t.Fatalf("next hop gets %s: the same trace with our span wanted", next)
+	}
+	for _, bad := range []string{
+		"", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7", "ff" + caller[2:], strings.ToUpper(caller), caller + "-x",
+		"00-00000000000000000000000000000000-00f067aa0ba902b7-01", "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+	} {
+		var c TraceContext
+		c.Begin([]byte(bad), true)
+		if c.Joined || !c.Sampled {
+			t.Errorf("joined %q", bad)
+		}
+		var back TraceContext
+		if !parseTraceparent(c.AppendTraceparent(nil), &back) {
+			t.Errorf("a new trace is not valid: %s", c.AppendTraceparent(nil))
+		}
+	}
+}
+
+func FuzzTraceparent(f *testing.F) {
+	f.Add([]byte("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"))
+	f.Fuzz(func(t *testing.T, h []byte) {
+		var c, back TraceContext
+		c.Begin(h, true)
+		if !parseTraceparent(c.AppendTraceparent(nil), &back) || back.TraceID != c.TraceID {
+			t.Fatalf("%q became %s", h, c.AppendTraceparent(nil))
+		}
+	})
+}
+
+func TestRequestsCarryTheMeshLabels(t *testing.T) {
+	r := prometheus.NewRegistry()
+	m := NewMetrics(r, node)
+	k := Request{Outbound: true, Destination: "shop/payments:80", Protocol: "http", Status: 503, Flags: accesslog.UO}
+	m.Observe(k, time.Millisecond)
+	m.Observe(k, time.Millisecond)
+	want := `
+# HELP outrigger_requests_total Requests that ended, by how.
+# TYPE outrigger_requests_total counter
+outrigger_requests_total{destination_service="payments.shop.svc",destination_service_name="payments",destination_service_namespace="shop",reporter="source",request_protocol="http",response_code="503",response_flags="UO",source_workload="storefront",source_workload_namespace="shop"} 2
+`
+	if err := testutil.GatherAndCompare(r, strings.NewReader(want), "outrigger_requests_total"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSeriesAreBounded(t *testing.T) {
+	r := prometheus.NewRegistry()
+	m := NewMetrics(r, node)
+	for i := range maxSeries + 100 {
+		m.Observe(Request{Destination: "shop/payments:80", Status: i}, time.Millisecond)
+	}
+	n, err := testutil.GatherAndCount(r, "outrigger_requests_total")
+	if err != nil || n != maxSeries+1 {
+		t.Fatalf("%d series, %v; want %d and one for the overflow", n, err, maxSeries)
+	}
+}
+
+func TestSpanHasTheIDsOfTheHeader(t *testing.T) {
+	exporter := tracetest.NewInMemoryExporter()
+	s := newSpans(exporter, 1, node)
+	var c TraceContext
+	c.Begin([]byte("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), false)
+	s.Record(Span{Context: &c, Outbound: true, Method: "GET", Path: "/pay", Status: 503, Flags: "UO", Destination: "shop/payments:80", Start: time.Unix(1, 0), End: time.Unix(2, 0)})
+	unsampled := c
+	unsampled.Sampled = false
+	s.Record(Span{Context: &unsampled, Method: "GET"})
+	if err := s.provider.ForceFlush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	spans := exporter.GetSpans()
+	if len(spans) != 1 {
+		t.Fatalf("%d spans; want the sampled one", len(spans))
+	}
+	got := spans[0]
+	if got.SpanContext.SpanID().String() != string(c.SpanID[:]) || got.SpanContext.TraceID().String() != string(c.TraceID[:]) || got.Parent.SpanID().String() != "00f067aa0ba902b7" {
+		t.Fatalf("span %s of trace %s below %s; header said %s", got.SpanContext.SpanID(), got.SpanContext.TraceID(), got.Parent.SpanID(), c.AppendTraceparent(nil))
+	}
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
