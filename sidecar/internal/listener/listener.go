@@ -1,0 +1,174 @@
+// Package listener accepts connections, knows which of them idle, and ends them
+// in order when the proxy drains.
+//
+// It knows sockets and their life; what is spoken on them is the handler's. Each
+// connection has a goroutine, owned by the Group that accepted it: Drain returns
+// when all have ended.
+package listener
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// MaxConnections that one Group serves at once. What is beyond is closed as soon
+// as it is accepted, and counted.
+const MaxConnections = 20000
+
+// Group is the connections of all listeners of a proxy. The zero value is ready.
+type Group struct {
+	draining atomic.Bool
+	refused  atomic.Uint64
+
+	mu    sync.Mutex
+	conns map[*Conn]struct{}
+	wg    sync.WaitGroup
+}
+
+// Conn is an accepted connection.
+type Conn struct {
+	*net.TCPConn
+	group *Group
+	idle  bool // guarded by group.mu
+}
+
+// Draining reports whether no new work should begin: answers should say
+// Connection: close.
+func (g *Group) Draining() bool { return g.draining.Load() }
+
+// Refused is how many connections were closed for MaxConnections.
+func (g *Group) Refused() uint64 { return g.refused.Load() }
+
+// Active is how many connections there are.
+func (g *Group) Active() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.conns)
+}
+
+// Listen binds address. The error names the address, what it is for and the
+// remedy.
+func Listen(address, purpose string) (*net.TCPListener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("%s: another program listens on %s: stop it, or give this one another port: %w", purpose, address, err)
+		}
+		return nil, fmt.Errorf("%s: cannot listen on %s: %w", purpose, address, err)
+	}
+	tcp, ok := l.(*net.TCPListener)
+	if !ok {
+		return nil, fmt.Errorf("%s: %s is not a TCP address", purpose, address)
+	}
+	return tcp, nil
+}
+
+// Serve accepts until ctx ends or the listener is closed, and handles each
+// connection in a goroutine of its own. handle must not keep the Conn; it is
+// closed when handle returns.
+func (g *Group) Serve(ctx context.Context, l *net.TCPListener, handle func(*Conn)) error {
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	backoff := time.Millisecond
+	for {
+		c, err := l.AcceptTCP()
+		if err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) {
+				// Out of descriptors: those in use must end before more are accepted.
+				g.refused.Add(1)
+				time.Sleep(backoff)
+				backoff = min(2*backoff, time.Second)
+				continue
+			}
+			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
+		}
+		backoff = time.Millisecond
+		conn := &Conn{TCPConn: c, group: g}
+		if !g.add(conn) {
+			g.refused.Add(1)
+			_ = c.Close()
+			continue
+		}
+		go func() {
+			defer g.remove(conn)
+			handle(conn)
+		}()
+	}
+}
+
+func (g *Group) add(c *Conn) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining.Load() || len(g.conns) >= MaxConnections {
+		return false
+	}
+	if g.conns == nil {
+		g.conns = map[*Conn]struct{}{}
+	}
+	g.conns[c] = struct{}{}
+	g.wg.Add(1)
+	return true
+}
+
+func (g *Group) remove(c *Conn) {
+	_ = c.Close()
+	g.mu.Lock()
+	delete(g.conns, c)
+	g.mu.Unlock()
+	g.wg.Done()
+}
+
+// Idle says that the connection waits for its next request, and returns false
+// where it should end instead because the group drains.
+func (c *Conn) Idle() bool {
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	c.idle = true
+	return !c.group.draining.Load()
+}
+
+// Busy says that a request has begun.
+func (c *Conn) Busy() {
+	c.group.mu.Lock()
+	c.idle = false
+	c.group.mu.Unlock()
+}
+
+// Drain ends idle connections at once, lets busy ones finish, and closes what
+// is left when ctx ends. It returns how many had to be closed.
+func (g *Group) Drain(ctx context.Context) (forced int) {
+	g.mu.Lock()
+	g.draining.Store(true)
+	for c := range g.conns {
+		if c.idle {
+			// Wakes the reader; a request whose first bytes are already here is lost
+			// to it no more than to any keep-alive race, and the client retries it.
+			_ = c.SetReadDeadline(time.Unix(1, 0))
+		}
+	}
+	g.mu.Unlock()
+	done := make(chan struct{})
+	go func() { g.wg.Wait(); close(done) }()
+	select {
+	case <-done:
+		return 0
+	case <-ctx.Done():
+	}
+	g.mu.Lock()
+	for c := range g.conns {
+		forced++
+		_ = c.Close()
+	}
+	g.mu.Unlock()
+	<-done
+	return forced
+}

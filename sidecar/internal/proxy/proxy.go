@@ -1,0 +1,103 @@
+// Package proxy is the request path of the sidecar.
+//
+// outbound.go and inbound.go hold the path as one list each: a layer a line,
+// with its reason. The layers are methods of exchange, one request and its
+// response; they ask the pure packages (route, balance, breaker, retry) for
+// decisions and carry them out on connections that upstream lends. The proxy
+// knows HTTP through http1 only, and nothing of xDS.
+//
+// Every connection has one goroutine, owned by listener.Group. While a request
+// body that did not come at once is sent on, it has a second one, which the
+// first waits for.
+package proxy
+
+import (
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
+)
+
+// Limits and timeouts of the path.
+const (
+	// headTimeout is how long a client may take for a request's head once it
+	// has begun (slowloris).
+	headTimeout = 10 * time.Second
+	// idleTimeout closes a connection on which no request comes.
+	idleTimeout = time.Hour
+	// writeTimeout is how long one write to the client may take (slow read).
+	writeTimeout = 60 * time.Second
+	// bodyTimeout is how long a client may be silent in the middle of a body.
+	bodyTimeout = 60 * time.Second
+	// maxReplay is how much of a request's body is kept for another attempt. A
+	// request with more is not retried once some of it has been sent.
+	maxReplay = 64 << 10
+	// maxAttempts bounds attempts whatever a policy says.
+	maxAttempts = 11
+	// tcpIdleTimeout ends a relayed connection that carries nothing.
+	tcpIdleTimeout = time.Hour
+	// tcpIdleCheck is how often a silent direction looks whether the other one
+	// is silent too.
+	tcpIdleCheck = time.Minute
+)
+
+var limits = http1.Limits{}
+
+// Proxy is what the paths of all listeners share. Its fields are set once,
+// before any of the Serve functions is called.
+type Proxy struct {
+	Node     bootstrap.Config
+	Table    *table.Current
+	Clusters *upstream.Clusters
+	Conns    *listener.Group
+	Log      *accesslog.Log
+	Metrics  *telemetry.Metrics
+	Spans    *telemetry.Spans // nil: none are exported
+	Events   *slog.Logger
+}
+
+// layer is one step of a path. It returns false when the request has been
+// answered and the rest of the path is not for it.
+type layer struct {
+	Name, Reason string
+	do           func(*exchange) bool
+}
+
+// path is one direction through the proxy.
+type path struct {
+	*Proxy
+	outbound bool
+	layers   []layer
+	// table and key of the destination: of an outbound port, what the control
+	// plane says; of an inbound one, the application.
+	table *table.Current
+	key   string
+}
+
+func (p *path) direction() string {
+	if p.outbound {
+		return "outbound"
+	}
+	return "inbound"
+}
+
+// Layers describes both paths for people: the lists of outbound.go and
+// inbound.go.
+func Layers() map[string][]string {
+	out := map[string][]string{}
+	for name, list := range map[string][]layer{"outbound": outboundLayers(), "inbound": inboundLayers()} {
+		for _, l := range list {
+			out[name] = append(out[name], l.Name+": "+l.Reason)
+		}
+	}
+	return out
+}
+
+func draw() float64 { return rand.Float64() }
