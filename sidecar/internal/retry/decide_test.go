@@ -16,11 +16,25 @@ func TestWordsMeanWhatEnvoyDocuments(t *testing.T) {
 		name string
 		o    retry.Outcome
 	}{
-		{"200", resp(200)}, {"409", resp(409)}, {"429", resp(429)}, {"500", resp(500)},
-		{"502", resp(502)}, {"503", resp(503)}, {"504", resp(504)}, {"505", resp(505)},
-		{"connect", fail(retry.ConnectFailure)}, {"refused", fail(retry.RefusedStream)},
-		{"unsent", fail(retry.ResetBeforeRequest)}, {"reset", fail(retry.Reset)}, {"slow", fail(retry.PerTryTimeout)},
-		{"g0", grpc(0)}, {"g1", grpc(1)}, {"g4", grpc(4)}, {"g8", grpc(8)}, {"g13", grpc(13)}, {"g14", grpc(14)},
+		{"200", resp(200)},
+		{"409", resp(409)},
+		{"429", resp(429)},
+		{"500", resp(500)},
+		{"502", resp(502)},
+		{"503", resp(503)},
+		{"504", resp(504)},
+		{"505", resp(505)},
+		{"connect", fail(retry.ConnectFailure)},
+		{"refused", fail(retry.RefusedStream)},
+		{"unsent", fail(retry.ResetBeforeRequest)},
+		{"reset", fail(retry.Reset)},
+		{"slow", fail(retry.PerTryTimeout)},
+		{"g0", grpc(0)},
+		{"g1", grpc(1)},
+		{"g4", grpc(4)},
+		{"g8", grpc(8)},
+		{"g13", grpc(13)},
+		{"g14", grpc(14)},
 	}
 	f := func(word, want string) {
 		t.Helper()

@@ -1,0 +1,56 @@
+# Outrigger: the verbs. Each is a line or two; what is longer is a script with a name.
+# Everything that is installed goes into .cache/; nothing needs root.
+
+SHELL   := /bin/bash
+CACHE   := $(CURDIR)/.cache
+BIN     := $(CURDIR)/bin
+TOOLS   := $(CACHE)/tools
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+PROGRAMS := ./control-plane ./sidecar ./collector ./injector ./outrigger
+FUZZ_SECONDS ?= 20
+DEMO_SECONDS ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test check fuzz golden peers clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+build: ## build the five programs and the demo into bin/
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o $(BIN)/ $(PROGRAMS) ./deploy/demo ./deploy/demo/shop
+
+demo: build ## run the whole thing on this machine; DEMO_SECONDS=60 ends by itself with a summary
+	@$(BIN)/demo --bin $(BIN) --seconds $(DEMO_SECONDS)
+
+test: $(TOOLS)/gotestsum ## run every test with the race detector, a real Envoy among them
+	@deploy/apptest/envoy.sh >/dev/null || echo "Envoy could not be installed: its tests will be skipped, loudly"
+	$(TOOLS)/gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -race -timeout 15m ./...
+	@printf 'golden files: %s\n' "$$(git ls-files '*/testdata/*' | grep -c -e '\.txtar$$' -e '\.txt$$')"
+
+check: $(TOOLS)/golangci-lint ## vet, lint, layers, formatting and go.mod, without running tests
+	go vet ./...
+	$(TOOLS)/golangci-lint config verify
+	$(TOOLS)/golangci-lint run ./...
+	$(TOOLS)/golangci-lint fmt --diff
+	go mod tidy -diff
+	cd tools && go mod verify >/dev/null
+
+fuzz: ## run every fuzz target for FUZZ_SECONDS (20)
+	@tools/fuzz.sh $(FUZZ_SECONDS)
+
+golden: ## rewrite the expectations of golden tests; review the diff
+	go test $$(git ls-files '*_test.go' | xargs grep -l 'flag.Bool("update"' | xargs -n1 dirname | sort -u | sed 's|^|./|') -update
+
+peers: ## test the outputs against real servers (Elasticsearch, VictoriaMetrics, fluentd's own library)
+	@tools/peers.sh
+
+clean: ## remove what was built and installed
+	rm -rf $(BIN) $(CACHE)
+
+$(TOOLS)/%: tools/go.mod tools/go.sum
+	@mkdir -p $(TOOLS)
+	@echo "building $* (once)"
+	@cd tools && go build -o $@ $$(go list -f '{{.ImportPath}}' tool | grep '/$*$$')
+	@touch $@
