@@ -55,9 +55,11 @@ type Port struct {
 	Protocol Protocol
 	// Endpoints by address. Empty means that every call is answered 503 UH.
 	Endpoints []Endpoint
-	// Routes in order of precedence (Gateway API, HTTPRouteRule.matches). For an
-	// HTTP port there is at least one: where no HTTPRoute is attached, the
-	// implicit route named "default" to the port itself.
+	// Routes in order of precedence (Gateway API, HTTPRouteRule.matches). Where
+	// no HTTPRoute is attached to an HTTP port there is one, the implicit route
+	// named "default" to the port itself. Where some are attached there is no
+	// default: a request that none matches is answered 404, and so is every
+	// request when no attached rule has a valid match. Other ports have none.
 	Routes []Route
 	// Breaker is nil where no CircuitBreaker names the port.
 	Breaker *CircuitBreaker
@@ -142,12 +144,19 @@ type Backend struct {
 	Service   string
 	Port      uint16
 	Weight    uint32
+	// Missing says that the reference does not resolve: no such Service or port,
+	// not permitted, or with a filter that is not supported. The backend keeps
+	// its weight and that share of the requests is answered 500 (Gateway API,
+	// HTTPRouteRule.backendRefs). Its Port is 0, so that its key names no port of
+	// the mesh; Service is what the user wrote, for messages.
+	Missing bool
 }
 
 // Retry says which attempts are made again. Attempts is the number after the
 // first try; 0 switches retries off.
 type Retry struct {
-	// Policy is <namespace>/<name> of the RetryPolicy, or "default".
+	// Policy is <namespace>/<name> of the RetryPolicy, the Route's Name where the
+	// HTTPRoute's own retry field is in force, or "default".
 	Policy string
 	// On in Envoy's retry_on words, sorted.
 	On []string

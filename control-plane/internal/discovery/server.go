@@ -1,0 +1,311 @@
+// Package discovery serves what package xds makes to the data planes: xDS v3
+// over ADS, state of the world and delta, on go-control-plane's server.
+//
+// It knows streams, who subscribed to what, and what each acknowledged or
+// refused; it does not know Kubernetes, policies or how a resource is made.
+// main publishes a Mesh whenever package rebuild has a new one and asks for
+// Status; admin shows it.
+//
+// What a data plane may rely on:
+//
+//   - Resources are encoded once per kind of data plane and shared. A version is
+//     a hash of the content: a delta client that comes back with
+//     initial_resource_versions, even to a restarted control plane, is sent
+//     nothing that it has. A SotW client is always answered after reconnecting,
+//     because its protocol gives no way to say what it has.
+//   - A name that does not exist is answered at once: delta by
+//     removed_resources, SotW by a response without it that names it in
+//     resource_errors (xDS TP3). grpc-go 1.85 reads neither for a name that it
+//     never had, and waits 15 s by itself.
+//   - Before the first Publish nothing is answered, so that a control plane that
+//     has just started never says of a service that it does not exist.
+//   - Additions are pushed in the order clusters, endpoints, listeners, routes.
+//     Listeners are removed at once; routes, clusters and endpoints stay for a
+//     grace period, for those who still hold what refers to them.
+//   - Only an Envoy may ask with a wildcard; it gets the listeners that its node
+//     metadata asks for and the clusters that those can reach.
+package discovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/log"
+	"github.com/envoyproxy/go-control-plane/pkg/server/config"
+	deltav3 "github.com/envoyproxy/go-control-plane/pkg/server/delta/v3"
+	restv3 "github.com/envoyproxy/go-control-plane/pkg/server/rest/v3"
+	sotwv3 "github.com/envoyproxy/go-control-plane/pkg/server/sotw/v3"
+	serverv3 "github.com/envoyproxy/go-control-plane/pkg/server/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
+)
+
+// Limits of what clients may ask for. A zero field takes its default.
+type Limits struct {
+	// Names that one stream may subscribe to, of each type. Default 1024.
+	Names int
+	// Streams in all. Default 10000.
+	Streams int
+}
+
+const (
+	defaultNames   = 1024
+	defaultStreams = 10000
+	defaultGrace   = 5 * time.Second
+	// maxMessage bounds a request. The largest is a reconnecting client's list
+	// of versions: 1024 names of at most 253+63 bytes stay far below.
+	maxMessage = 1 << 20
+	// maxStreamsPerConnection: a data plane needs one.
+	maxStreamsPerConnection = 16
+	// stopTimeout bounds the graceful stop.
+	stopTimeout = 3 * time.Second
+)
+
+// Options of a Server.
+type Options struct {
+	Log      *slog.Logger
+	Registry prometheus.Registerer
+	// Grace is how long routes, clusters and endpoints are served after the mesh
+	// dropped them. 0 takes the default of 5 s; negative is none.
+	Grace  time.Duration
+	Limits Limits
+}
+
+// Server serves xDS. Make it with New. Its methods are safe for concurrent use.
+type Server struct {
+	log     *slog.Logger
+	metrics *metrics
+	cache   *configCache
+	tracker *tracker
+	wake    chan struct{} // a removal may be due earlier than before
+}
+
+// New makes a Server that has nothing to serve until Publish.
+func New(o Options) *Server {
+	switch {
+	case o.Grace == 0:
+		o.Grace = defaultGrace
+	case o.Grace < 0:
+		o.Grace = 0
+	}
+	if o.Limits.Names == 0 {
+		o.Limits.Names = defaultNames
+	}
+	if o.Limits.Streams == 0 {
+		o.Limits.Streams = defaultStreams
+	}
+	s := &Server{log: o.Log, metrics: newMetrics(o.Registry), cache: newConfigCache(o.Grace), wake: make(chan struct{}, 1)}
+	s.tracker = &tracker{
+		cache: s.cache, log: o.Log, metrics: s.metrics, now: time.Now, limits: o.Limits, streams: map[streamKey]*stream{},
+	}
+	return s
+}
+
+// Publish puts m in force and pushes what changed. m must not be changed
+// afterwards. On an error the previous Mesh stays in force.
+func (s *Server) Publish(m *mesh.Mesh) error {
+	changed, _, err := s.cache.publish(m, time.Now())
+	if err != nil {
+		return fmt.Errorf("publish xDS: %w", err)
+	}
+	for dp, set := range s.cache.sets() {
+		for _, t := range xds.TypeURLs() {
+			s.metrics.resources.WithLabelValues(string(dp), shortType(t)).Set(float64(len(set.Of(t))))
+		}
+	}
+	for t, n := range changed {
+		s.metrics.changed.WithLabelValues(shortType(t)).Add(float64(n))
+	}
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// Status lists the connected data planes, by kind and node id.
+func (s *Server) Status() []NodeStatus { return s.tracker.status() }
+
+// Applied counts, for each kind of data plane, the nodes that have applied all
+// that is served to them.
+func (s *Server) Applied() []Applied { return count(s.Status()) }
+
+func count(nodes []NodeStatus) []Applied {
+	var out []Applied
+	for _, dp := range xds.DataPlanes() {
+		a := Applied{DataPlane: dp}
+		for _, n := range nodes {
+			if n.DataPlane != dp {
+				continue
+			}
+			a.Total++
+			if n.Applied {
+				a.Applied++
+			}
+			for _, t := range n.Types {
+				if t.Nack != nil {
+					a.Rejected++
+					break
+				}
+			}
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+// Sets returns what is served, for each data plane; nil before the first
+// Publish.
+func (s *Server) Sets() map[xds.DataPlane]*xds.Set { return s.cache.sets() }
+
+// ErrNotLoopback says that configuration would be served in clear to a network.
+var ErrNotLoopback = errors.New("xDS without TLS is served on loopback only")
+
+// CheckAddress refuses an address that is not loopback, because configuration
+// is not served in clear off the machine.
+func CheckAddress(a net.Addr) error {
+	switch a := a.(type) {
+	case *net.UnixAddr:
+		return nil
+	case *net.TCPAddr:
+		if a.IP.IsLoopback() {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: %s is not; listen on 127.0.0.1:15010 or [::1]:15010", ErrNotLoopback, a)
+}
+
+// Serve answers on lis, which it closes, until ctx ends, and returns nil once
+// all streams have ended. Streams that do not end within 3 s are cut.
+func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+	if err := CheckAddress(lis.Addr()); err != nil {
+		return errors.Join(err, lis.Close())
+	}
+	streams, endStreams := context.WithCancel(context.WithoutCancel(ctx))
+	defer endStreams()
+	g := grpc.NewServer(
+		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	)
+	logger := libraryLogger(streams, s.log)
+	withLogger := func(o *config.Opts) { o.Logger = logger }
+	// An empty request means "everything" only for listeners and clusters.
+	noWildcard := config.DeactivateLegacyWildcardForTypes([]string{xds.RouteType, xds.EndpointType})
+	discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, serverv3.NewServerAdvanced(
+		restv3.NewServer(s.cache, s.tracker),
+		sotwv3.NewServer(streams, s.cache, s.tracker, withLogger, noWildcard, sotwv3.WithOrderedADS()),
+		deltav3.NewServer(streams, s.cache, s.tracker, withLogger, noWildcard),
+	))
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { s.sweep(streams) })
+	stopped := make(chan struct{})
+	defer close(stopped)
+	wg.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-stopped:
+			return
+		}
+		endStreams()
+		cut := time.AfterFunc(stopTimeout, g.Stop)
+		g.GracefulStop()
+		cut.Stop()
+	})
+	err := g.Serve(lis)
+	if ctx.Err() != nil {
+		return nil
+	}
+	endStreams()
+	return fmt.Errorf("serve xDS on %s: %w", lis.Addr(), err)
+}
+
+// sweep removes what is past its grace period until ctx ends.
+func (s *Server) sweep(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		case <-s.wake:
+		}
+		timer.Stop()
+		if next := s.cache.sweep(time.Now()); !next.IsZero() {
+			timer.Reset(max(time.Until(next), time.Millisecond))
+		}
+	}
+}
+
+func libraryLogger(ctx context.Context, l *slog.Logger) log.Logger {
+	at := func(level slog.Level) func(string, ...any) {
+		return func(format string, args ...any) {
+			if l.Enabled(ctx, level) {
+				l.Log(ctx, level, fmt.Sprintf(format, args...), "log.logger", "go-control-plane")
+			}
+		}
+	}
+	// Its information is one line per watch: detail.
+	return log.LoggerFuncs{DebugFunc: at(slog.LevelDebug), InfoFunc: at(slog.LevelDebug), WarnFunc: at(slog.LevelWarn), ErrorFunc: at(slog.LevelError)}
+}
+
+type metrics struct {
+	connected *prometheus.GaugeVec
+	acks      *prometheus.CounterVec
+	nacks     *prometheus.CounterVec
+	refused   *prometheus.CounterVec
+	resources *prometheus.GaugeVec
+	changed   *prometheus.CounterVec
+	push      prometheus.Histogram
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	m := &metrics{
+		connected: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "outrigger_xds_connected", Help: "Data planes connected.",
+		}, []string{"data_plane"}),
+		acks: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "outrigger_xds_acks_total", Help: "Responses that a data plane acknowledged.",
+		}, []string{"type"}),
+		nacks: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "outrigger_xds_nacks_total", Help: "Responses that a data plane rejected.",
+		}, []string{"type"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "outrigger_xds_refused_total", Help: "Streams ended because a limit was hit or a request was not acceptable.",
+		}, []string{"reason"}),
+		resources: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "outrigger_xds_resources", Help: "Resources that are served.",
+		}, []string{"data_plane", "type"}),
+		changed: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "outrigger_xds_resource_changes_total", Help: "Resources that a publish added, changed or removed, over all data planes.",
+		}, []string{"type"}),
+		push: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "outrigger_xds_push_duration_seconds", Help: "From the publish of a change to its acknowledgement by a data plane.",
+			Buckets:                     prometheus.ExponentialBuckets(0.001, 2, 15),
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}),
+	}
+	for _, dp := range xds.DataPlanes() {
+		m.connected.WithLabelValues(string(dp))
+	}
+	for _, t := range xds.TypeURLs() {
+		m.acks.WithLabelValues(shortType(t))
+		m.nacks.WithLabelValues(shortType(t))
+	}
+	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.push)
+	return m
+}

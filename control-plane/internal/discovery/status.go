@@ -1,0 +1,460 @@
+package discovery
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	serverv3 "github.com/envoyproxy/go-control-plane/pkg/server/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
+)
+
+// NodeStatus is what is known of one connected data plane.
+type NodeStatus struct {
+	ID        string        `json:"id"`
+	DataPlane xds.DataPlane `json:"dataPlane"`
+	// Protocol is delta or sotw.
+	Protocol  string    `json:"protocol"`
+	Connected time.Time `json:"connected"`
+	// Applied: the node has acknowledged, of all that it subscribed to, what is
+	// served now, and has refused nothing.
+	Applied bool `json:"applied"`
+	// Missing names the upstreams of an Envoy that no Service has.
+	Missing []string     `json:"missing,omitempty"`
+	Types   []TypeStatus `json:"types"`
+}
+
+// TypeStatus is the state of one resource type on a node.
+type TypeStatus struct {
+	Type string `json:"type"` // LDS, RDS, CDS or EDS
+	// Version of the last response that was acknowledged.
+	Version   string `json:"version,omitempty"`
+	Resources int    `json:"resources"`
+	// Pending responses have been sent and not been answered.
+	Pending int   `json:"pending"`
+	Nack    *Nack `json:"nack,omitempty"`
+}
+
+// Nack is a response that a data plane refused.
+type Nack struct {
+	Version string    `json:"version"`
+	Reason  string    `json:"reason"`
+	Time    time.Time `json:"time"`
+	// Resources that were refused and have not been accepted since: name -> version.
+	Resources map[string]string `json:"resources"`
+}
+
+// Applied counts the connected data planes of a kind that have applied all that
+// is served to them.
+type Applied struct {
+	DataPlane xds.DataPlane `json:"dataPlane"`
+	Applied   int           `json:"applied"`
+	Total     int           `json:"total"`
+	Rejected  int           `json:"rejected"`
+}
+
+// maxPending bounds the responses of a type of which a client owes an answer.
+// More than a few cannot be owed: a watch opens with the answer to the last.
+const maxPending = 16
+
+// streamKey names a stream; SotW and delta count separately.
+type streamKey struct {
+	delta bool
+	id    int64
+}
+
+type stream struct {
+	node      string
+	dp        xds.DataPlane
+	viewKey   string
+	held      bool
+	connected time.Time
+	types     map[string]*typeState
+}
+
+type typeState struct {
+	names   map[string]struct{} // subscribed by name
+	version string              // last acknowledged
+	acked   map[string]string   // name -> version
+	pending map[string]*response
+	nack    *Nack
+}
+
+type response struct {
+	version   string
+	resources map[string]string
+	removed   []string
+	full      bool
+	// since is when the oldest update in it was published; zero where it only
+	// answers a new subscription.
+	since time.Time
+}
+
+// tracker follows what each stream has been sent and has answered. It
+// implements go-control-plane's callbacks, which run on the streams' own
+// goroutines.
+type tracker struct {
+	cache   *configCache
+	log     *slog.Logger
+	metrics *metrics
+	now     func() time.Time
+	limits  Limits
+
+	mu      sync.Mutex
+	streams map[streamKey]*stream
+}
+
+var _ serverv3.Callbacks = (*tracker)(nil)
+
+func (t *tracker) open(k streamKey) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.streams) >= t.limits.Streams {
+		t.metrics.refused.WithLabelValues("streams").Inc()
+		return grpcstatus.Errorf(codes.ResourceExhausted, "%d data planes are connected, the most that one control plane takes; run more replicas", t.limits.Streams)
+	}
+	t.streams[k] = &stream{connected: t.now(), types: map[string]*typeState{}}
+	return nil
+}
+
+func (t *tracker) closed(k streamKey) {
+	t.mu.Lock()
+	s := t.streams[k]
+	delete(t.streams, k)
+	t.mu.Unlock()
+	if s == nil {
+		return
+	}
+	if s.held {
+		t.cache.release(s.viewKey)
+	}
+	if s.node != "" {
+		t.metrics.connected.WithLabelValues(string(s.dp)).Dec()
+		t.log.Info("data plane disconnected", "xds.node", s.node, "xds.data_plane", s.dp)
+	}
+}
+
+// introduce takes the node of a stream's first request.
+func (t *tracker) introduce(s *stream, node *corev3.Node) error {
+	if s.node != "" {
+		return nil
+	}
+	if node.GetId() == "" {
+		t.metrics.refused.WithLabelValues("node").Inc()
+		return grpcstatus.Error(codes.InvalidArgument, "the first request has no node.id: set it in the data plane's bootstrap, as <instance>.<namespace>")
+	}
+	s.dp = xds.DataPlaneOf(node.GetUserAgentName())
+	if s.dp == xds.Envoy {
+		n, err := xds.ParseEnvoyNode(node.GetMetadata())
+		if err != nil {
+			t.metrics.refused.WithLabelValues("node").Inc()
+			return grpcstatus.Errorf(codes.InvalidArgument, "node %s: %v", node.GetId(), err)
+		}
+		if err := t.cache.hold(n, t.now()); err != nil {
+			return grpcstatus.Errorf(codes.Internal, "node %s: %v", node.GetId(), err)
+		}
+		s.viewKey, s.held = n.Key(), true
+	}
+	s.node = node.GetId()
+	t.metrics.connected.WithLabelValues(string(s.dp)).Inc()
+	t.log.Info("data plane connected", "xds.node", s.node, "xds.data_plane", s.dp, "xds.missing_upstreams", t.cache.missing(s.viewKey))
+	return nil
+}
+
+func (s *stream) of(typeURL string) *typeState {
+	ts := s.types[typeURL]
+	if ts == nil {
+		ts = &typeState{names: map[string]struct{}{}, acked: map[string]string{}, pending: map[string]*response{}}
+		s.types[typeURL] = ts
+	}
+	return ts
+}
+
+func (t *tracker) checkNames(s *stream, ts *typeState, typeURL string, names []string) error {
+	if s.dp != xds.Envoy && slices.Contains(names, "*") {
+		t.metrics.refused.WithLabelValues("wildcard").Inc()
+		return grpcstatus.Errorf(codes.InvalidArgument, "node %s asks for every %s; only an Envoy may: subscribe by name", s.node, shortType(typeURL))
+	}
+	if len(ts.names) > t.limits.Names {
+		t.metrics.refused.WithLabelValues("names").Inc()
+		return grpcstatus.Errorf(codes.ResourceExhausted, "node %s subscribes to %d names of %s: at most %d; unsubscribe from destinations that are no longer called", s.node, len(ts.names), shortType(typeURL), t.limits.Names)
+	}
+	return nil
+}
+
+// answered records an ACK or NACK.
+func (t *tracker) answered(s *stream, ts *typeState, typeURL, nonce string, detail *status.Status) {
+	r := ts.pending[nonce]
+	if nonce == "" || r == nil {
+		return
+	}
+	delete(ts.pending, nonce)
+	short := shortType(typeURL)
+	if detail != nil {
+		refused := maps.Clone(r.resources)
+		if ts.nack != nil {
+			maps.Copy(refused, ts.nack.Resources)
+		}
+		ts.nack = &Nack{Version: r.version, Reason: detail.GetMessage(), Time: t.now(), Resources: refused}
+		t.metrics.nacks.WithLabelValues(short).Inc()
+		t.log.Warn("data plane rejected configuration", "xds.node", s.node, "xds.data_plane", s.dp, "xds.type", short,
+			"xds.version", r.version, "xds.resources", slices.Sorted(maps.Keys(r.resources)), "error.message", detail.GetMessage())
+		return
+	}
+	t.metrics.acks.WithLabelValues(short).Inc()
+	ts.version = r.version
+	if r.full {
+		clear(ts.acked)
+		ts.nack = nil
+	}
+	maps.Copy(ts.acked, r.resources)
+	for name := range r.resources {
+		ts.settle(name)
+	}
+	for _, name := range r.removed {
+		delete(ts.acked, name)
+		ts.settle(name)
+	}
+	if !r.since.IsZero() {
+		t.metrics.push.Observe(t.now().Sub(r.since).Seconds())
+	}
+}
+
+// settle forgets that a resource was refused. A Nack that has been shown is
+// never changed.
+func (ts *typeState) settle(name string) {
+	if ts.nack == nil {
+		return
+	}
+	if _, ok := ts.nack.Resources[name]; !ok {
+		return
+	}
+	n := *ts.nack
+	n.Resources = maps.Clone(n.Resources)
+	delete(n.Resources, name)
+	ts.nack = &n
+	if len(n.Resources) == 0 {
+		ts.nack = nil
+	}
+}
+
+func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.streams[k]
+	if s == nil {
+		return
+	}
+	ts := s.of(typeURL)
+	for name, version := range r.resources {
+		if old, had := ts.acked[name]; !had || xds.SameContent(old, version) {
+			continue
+		}
+		if cur, ok := t.cache.current(s.dp, s.viewKey, typeURL, name); ok && (r.since.IsZero() || cur.since.Before(r.since)) {
+			r.since = cur.since
+		}
+	}
+	if len(ts.pending) >= maxPending {
+		clear(ts.pending)
+	}
+	ts.pending[nonce] = r
+}
+
+// OnStreamOpen implements the library's callbacks.
+func (t *tracker) OnStreamOpen(_ context.Context, id int64, _ string) error {
+	return t.open(streamKey{false, id})
+}
+
+// OnStreamClosed implements the library's callbacks.
+func (t *tracker) OnStreamClosed(id int64, _ *corev3.Node) { t.closed(streamKey{false, id}) }
+
+// OnDeltaStreamOpen implements the library's callbacks.
+func (t *tracker) OnDeltaStreamOpen(_ context.Context, id int64, _ string) error {
+	return t.open(streamKey{true, id})
+}
+
+// OnDeltaStreamClosed implements the library's callbacks.
+func (t *tracker) OnDeltaStreamClosed(id int64, _ *corev3.Node) { t.closed(streamKey{true, id}) }
+
+// OnStreamRequest implements the library's callbacks.
+func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.streams[streamKey{false, id}]
+	if s == nil {
+		return grpcstatus.Error(codes.Internal, "unknown stream")
+	}
+	if err := t.introduce(s, req.GetNode()); err != nil {
+		return err
+	}
+	if !slices.Contains(xds.TypeURLs(), req.GetTypeUrl()) {
+		return errUnservedType(req.GetTypeUrl())
+	}
+	ts := s.of(req.GetTypeUrl())
+	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
+	clear(ts.names)
+	for _, name := range req.GetResourceNames() {
+		ts.names[name] = struct{}{}
+	}
+	for name := range ts.acked {
+		if _, ok := ts.names[name]; !ok && len(ts.names) > 0 {
+			delete(ts.acked, name)
+		}
+	}
+	return t.checkNames(s, ts, req.GetTypeUrl(), req.GetResourceNames())
+}
+
+// OnStreamDeltaRequest implements the library's callbacks.
+func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscoveryRequest) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.streams[streamKey{true, id}]
+	if s == nil {
+		return grpcstatus.Error(codes.Internal, "unknown stream")
+	}
+	if err := t.introduce(s, req.GetNode()); err != nil {
+		return err
+	}
+	if !slices.Contains(xds.TypeURLs(), req.GetTypeUrl()) {
+		return errUnservedType(req.GetTypeUrl())
+	}
+	ts := s.of(req.GetTypeUrl())
+	// What it brings from an earlier stream, it has acknowledged there.
+	if n := len(req.GetInitialResourceVersions()); n > t.limits.Names {
+		t.metrics.refused.WithLabelValues("names").Inc()
+		return grpcstatus.Errorf(codes.ResourceExhausted, "node %s brings %d initial versions of %s: at most %d", s.node, n, shortType(req.GetTypeUrl()), t.limits.Names)
+	}
+	maps.Copy(ts.acked, req.GetInitialResourceVersions())
+	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
+	for _, name := range req.GetResourceNamesSubscribe() {
+		ts.names[name] = struct{}{}
+	}
+	for _, name := range req.GetResourceNamesUnsubscribe() {
+		delete(ts.names, name)
+		delete(ts.acked, name)
+		ts.settle(name)
+	}
+	return t.checkNames(s, ts, req.GetTypeUrl(), req.GetResourceNamesSubscribe())
+}
+
+// OnStreamResponse implements the library's callbacks.
+func (t *tracker) OnStreamResponse(_ context.Context, id int64, _ *discoveryv3.DiscoveryRequest, resp *discoveryv3.DiscoveryResponse) {
+	r := &response{
+		version: resp.GetVersionInfo(), resources: map[string]string{},
+		full: resp.GetTypeUrl() == xds.ListenerType || resp.GetTypeUrl() == xds.ClusterType,
+	}
+	for _, a := range resp.GetResources() {
+		r.resources[encodedName(a.GetValue())] = xds.VersionOf(a.GetValue())
+	}
+	t.sent(streamKey{false, id}, resp.GetTypeUrl(), resp.GetNonce(), r)
+}
+
+// OnStreamDeltaResponse implements the library's callbacks.
+func (t *tracker) OnStreamDeltaResponse(id int64, _ *discoveryv3.DeltaDiscoveryRequest, resp *discoveryv3.DeltaDiscoveryResponse) {
+	r := &response{version: resp.GetSystemVersionInfo(), resources: map[string]string{}, removed: resp.GetRemovedResources()}
+	for _, res := range resp.GetResources() {
+		r.resources[res.GetName()] = res.GetVersion()
+	}
+	t.sent(streamKey{true, id}, resp.GetTypeUrl(), resp.GetNonce(), r)
+}
+
+// OnFetchRequest implements the library's callbacks; REST is not served.
+func (t *tracker) OnFetchRequest(context.Context, *discoveryv3.DiscoveryRequest) error {
+	return grpcstatus.Error(codes.Unimplemented, "xDS over REST is not served: use ADS over gRPC")
+}
+
+// OnFetchResponse implements the library's callbacks; REST is not served.
+func (t *tracker) OnFetchResponse(*discoveryv3.DiscoveryRequest, *discoveryv3.DiscoveryResponse) {}
+
+// status is a snapshot, by data plane and node id.
+func (t *tracker) status() []NodeStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := make([]NodeStatus, 0, len(t.streams))
+	for k, s := range t.streams {
+		if s.node == "" {
+			continue
+		}
+		n := NodeStatus{
+			ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.viewKey), Applied: true,
+			Types: make([]TypeStatus, 0, len(s.types)),
+		}
+		if k.delta {
+			n.Protocol = "delta"
+		}
+		for _, typeURL := range xds.TypeURLs() {
+			ts := s.types[typeURL]
+			if ts == nil {
+				continue
+			}
+			n.Types = append(n.Types, TypeStatus{
+				Type: shortType(typeURL), Version: ts.version, Resources: len(ts.acked), Pending: len(ts.pending), Nack: ts.nack,
+			})
+			if ts.nack != nil || len(ts.pending) > 0 {
+				n.Applied = false
+			}
+			for name, version := range ts.acked {
+				if cur, ok := t.cache.current(s.dp, s.viewKey, typeURL, name); ok && !xds.SameContent(cur.Version, version) {
+					n.Applied = false
+				}
+			}
+		}
+		out = append(out, n)
+	}
+	slices.SortFunc(out, func(a, b NodeStatus) int {
+		return cmp.Or(strings.Compare(string(a.DataPlane), string(b.DataPlane)), strings.Compare(a.ID, b.ID), a.Connected.Compare(b.Connected))
+	})
+	return out
+}
+
+// shortType is the word that people use for a type.
+func shortType(typeURL string) string {
+	switch typeURL {
+	case xds.ListenerType:
+		return "LDS"
+	case xds.RouteType:
+		return "RDS"
+	case xds.ClusterType:
+		return "CDS"
+	case xds.EndpointType:
+		return "EDS"
+	}
+	return fmt.Sprintf("%.64q", typeURL)
+}
+
+// encodedName reads the name from an encoded resource: it is field 1 of all
+// four types.
+func encodedName(b []byte) string {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return ""
+		}
+		b = b[n:]
+		if num == 1 && typ == protowire.BytesType {
+			v, n := protowire.ConsumeBytes(b)
+			if n < 0 {
+				return ""
+			}
+			return string(v)
+		}
+		if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
+			return ""
+		}
+		b = b[n:]
+	}
+	return ""
+}

@@ -1,0 +1,112 @@
+package translate_test
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+)
+
+// dump writes a mesh so that people can read it and diffs are small. What has
+// its default value is left out.
+func dump(m *mesh.Mesh) string {
+	var w strings.Builder
+	line := func(depth int, format string, args ...any) {
+		w.WriteString(strings.Repeat("  ", depth) + strings.TrimRight(fmt.Sprintf(format, args...), " ") + "\n")
+	}
+	for _, s := range m.Services {
+		line(0, "service %s/%s %s", s.Namespace, s.Name, join(s.VIPs))
+		for _, p := range s.Ports {
+			line(1, "port %d %s %s", p.Number, p.Protocol, p.Name)
+			if p.Budget != (mesh.RetryBudget{Percent: 20, MinConcurrency: 3}) {
+				line(2, "budget %d%% min %d", p.Budget.Percent, p.Budget.MinConcurrency)
+			}
+			for _, e := range p.Endpoints {
+				line(2, "endpoint %s%s%s%s%s%s", e.Address, option(" instance=", e.Instance), option(" workload=", e.Workload),
+					option(" account=", e.ServiceAccount), option(" zone=", e.Zone), when(!e.Ready, " not ready"))
+			}
+			for _, r := range p.Routes {
+				line(2, "route %s: %s", r.Name, match(r.Match))
+				for _, b := range r.Backends {
+					line(3, "to %s weight %d%s", mesh.Key(b.Namespace, b.Service, b.Port), b.Weight, when(b.Missing, " missing"))
+				}
+				if r.Timeout != 0 {
+					line(3, "timeout %s", r.Timeout)
+				}
+				line(3, "%s", retry(r.Retry))
+			}
+			if b := p.Breaker; b != nil {
+				line(2, "breaker %s%s", b.Policy, when(b.Observe, " observe"))
+				if t := b.Trip; t != nil {
+					line(3, "trip%s%s%s minimum=%d window=%s open=%s halfopen=%d on %s",
+						number(" consecutive=", t.ConsecutiveFailures), share(" ratio=", t.FailureRatio),
+						when(t.SlowCallThreshold > 0, fmt.Sprintf(" slow>=%s ratio=%g", t.SlowCallThreshold, t.SlowCallRatio)),
+						t.MinimumRequests, t.Window, t.OpenFor, t.HalfOpenRequests, strings.Join(t.FailureOn, ","))
+				}
+				if b.Limits != (mesh.Limits{}) {
+					line(3, "limits%s%s%s%s", limit(" connections=", b.Limits.Connections), limit(" pending=", b.Limits.PendingRequests),
+						limit(" requests=", b.Limits.Requests), limit(" retries=", b.Limits.Retries))
+				}
+				if e := b.Ejection; e != nil {
+					line(3, "ejection%s%s interval=%s base=%s max=%d%%", number(" 5xx=", e.Consecutive5xx), number(" gateway=", e.ConsecutiveGatewayErrors),
+						e.Interval, e.BaseEjectionTime, e.MaxEjectionPercent)
+					if f := e.FailurePercentage; f != nil {
+						line(4, "failures >= %d%% hosts=%d volume=%d", f.Threshold, f.MinimumHosts, f.RequestVolume)
+					}
+				}
+			}
+		}
+	}
+	return w.String()
+}
+
+func match(m mesh.Match) string {
+	out := []string{"any"}
+	if m.Path.Kind != mesh.Any {
+		out = []string{fmt.Sprintf("%s %s", m.Path.Kind, m.Path.Value)}
+	}
+	if m.Method != "" {
+		out = append(out, m.Method)
+	}
+	for _, h := range m.Headers {
+		out = append(out, fmt.Sprintf("header %s %s %q", h.Name, h.Kind, h.Value))
+	}
+	for _, q := range m.Query {
+		out = append(out, fmt.Sprintf("query %s %s %q", q.Name, q.Kind, q.Value))
+	}
+	return strings.Join(out, ", ")
+}
+
+func retry(r mesh.Retry) string {
+	return fmt.Sprintf("retry %s attempts=%d on %s%s%s%s backoff=%s..%s", r.Policy, r.Attempts, strings.Join(r.On, ","),
+		option(" idempotent ", strings.Join(r.IdempotentOn, ",")), when(len(r.Status) > 0, " status "+join(r.Status)),
+		when(r.PerTryTimeout > 0, " pertry="+r.PerTryTimeout.String()), r.BackoffBase, r.BackoffMax)
+}
+
+func join[T any](in []T) string {
+	var out []string
+	for _, v := range in {
+		out = append(out, fmt.Sprint(v))
+	}
+	return strings.Join(out, ",")
+}
+
+func option(name, value string) string { return when(value != "", name+value) }
+
+func number(name string, n uint32) string { return when(n > 0, fmt.Sprint(name, n)) }
+
+func share(name string, f float64) string { return when(f > 0, fmt.Sprint(name, f)) }
+
+func limit(name string, n *uint32) string {
+	if n == nil {
+		return ""
+	}
+	return fmt.Sprint(name, *n)
+}
+
+func when(on bool, s string) string {
+	if on {
+		return s
+	}
+	return ""
+}

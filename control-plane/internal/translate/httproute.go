@@ -1,0 +1,543 @@
+package translate
+
+import (
+	"cmp"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+)
+
+// Limits of the HTTPRoute type that a folder does not enforce.
+const (
+	maxBackends = 16
+	maxWeight   = 1_000_000
+	maxPath     = 1024
+	maxValue    = 4096
+)
+
+// rule is one rule of an HTTPRoute, as every port it is attached to gets it.
+type rule struct {
+	// name is the rule's, or its index; section is empty for a rule that a
+	// policy cannot name.
+	name, section string
+	matches       []mesh.Match
+	backends      []mesh.Backend
+	timeout       time.Duration
+	perTry        time.Duration
+	// retry is the rule's own retry field, or nil.
+	retry *mesh.Retry
+}
+
+// candidate is a route with what decides its place among the others of a port.
+type candidate struct {
+	mesh.Route
+	obj         *gatewayv1.HTTPRoute
+	rule, match int
+}
+
+// addRoutes gives every HTTP port its routes in order of precedence.
+func (b *builder) addRoutes(in []*gatewayv1.HTTPRoute, retries retryPolicies) {
+	found := map[*port][]candidate{}
+	for _, obj := range in {
+		if !slices.ContainsFunc(obj.Spec.ParentRefs, ours) {
+			continue
+		}
+		r := b.on(kindHTTPRoute, obj)
+		ports := b.attach(r, obj)
+		for i, rl := range b.rules(r, obj) {
+			for _, p := range ports {
+				for j, m := range rl.matches {
+					c := candidate{obj: obj, rule: i, match: j}
+					c.Name = keyOf(obj).String() + "/" + rl.name
+					c.Match = cloneMatch(m)
+					c.Backends = slices.Clone(rl.backends)
+					retries.apply(&c.Route, p, keyOf(obj), rl)
+					found[p] = append(found[p], c)
+				}
+			}
+		}
+	}
+	for _, s := range b.services {
+		for _, p := range s.ports {
+			switch {
+			case p.attached:
+				cs := found[p]
+				slices.SortFunc(cs, precedence)
+				for _, c := range cs {
+					p.Routes = append(p.Routes, c.Route)
+				}
+			case p.Protocol.IsHTTP():
+				route := mesh.Route{
+					Name:     "default",
+					Backends: []mesh.Backend{{Namespace: s.namespace, Service: s.name, Port: p.Number, Weight: 1}},
+				}
+				retries.apply(&route, p, key{}, rule{})
+				p.Routes = []mesh.Route{route}
+			}
+		}
+	}
+}
+
+// precedence is the order that HTTPRouteRule.matches prescribes. It leaves the
+// place of regular expressions open: they come before prefixes, the longest
+// first, because behind the usual catch-all prefix they would never match.
+func precedence(a, b candidate) int {
+	return cmp.Or(
+		cmp.Compare(kindRank(a.Match.Path.Kind), kindRank(b.Match.Path.Kind)),
+		-cmp.Compare(pathLength(a.Match.Path), pathLength(b.Match.Path)),
+		-compareBool(a.Match.Method != "", b.Match.Method != ""),
+		-cmp.Compare(len(a.Match.Headers), len(b.Match.Headers)),
+		-cmp.Compare(len(a.Match.Query), len(b.Match.Query)),
+		older(a.obj, b.obj),
+		cmp.Compare(a.rule, b.rule),
+		cmp.Compare(a.match, b.match),
+	)
+}
+
+func kindRank(k mesh.MatchKind) int {
+	switch k {
+	case mesh.Exact:
+		return 0
+	case mesh.Regex:
+		return 1
+	default:
+		return 2
+	}
+}
+
+// pathLength decides between prefixes, and between expressions. Two exact
+// paths never match the same request unless they are equal, so that their
+// length would only hide the criteria that follow.
+func pathLength(p mesh.PathMatch) int {
+	if p.Kind == mesh.Exact {
+		return 0
+	}
+	return len(p.Value)
+}
+
+func cloneMatch(m mesh.Match) mesh.Match {
+	m.Headers = slices.Clone(m.Headers)
+	m.Query = slices.Clone(m.Query)
+	return m
+}
+
+// ours says whether the parent is a Service. Routes of Gateways are the
+// business of whoever runs the Gateway.
+func ours(ref gatewayv1.ParentReference) bool {
+	return deref(ref.Group, gatewayGroup) == "" && deref(ref.Kind, "Gateway") == kindService
+}
+
+// attach marks the ports that the route is attached to and returns them, each
+// once.
+func (b *builder) attach(r *report, obj *gatewayv1.HTTPRoute) []*port {
+	var out []*port
+	for i, ref := range obj.Spec.ParentRefs {
+		if !ours(ref) {
+			continue
+		}
+		field := at("spec.parentRefs", i)
+		if ns := deref(ref.Namespace, ""); ns != "" && string(ns) != obj.Namespace {
+			r.add(field+".namespace", ReasonUnsupported,
+				"the parent is in namespace %q: consumer routes are not supported, only producer routes; put the route into the Service's namespace", ns)
+			continue
+		}
+		k := key{obj.Namespace, string(ref.Name)}
+		s := b.services[k]
+		if s == nil {
+			r.add(field+".name", ReasonNoMatchingParent, "no usable Service %s; create it or correct the name", k)
+			continue
+		}
+		named := s.matching(ref)
+		if len(named) == 0 {
+			r.add(field, ReasonNoMatchingParent, "Service %s has no such port; it has %s", k, s.describePorts())
+			continue
+		}
+		ports := b.parentPorts(obj.Namespace, ref)
+		if len(ports) == 0 {
+			r.add(field, ReasonUnsupportedProtocol, "port %s of Service %s %s, not HTTP; set appProtocol of the port to http, http2 or grpc if that is what it speaks",
+				named[0].describe(), k, named[0].speaks())
+			continue
+		}
+		for _, p := range ports {
+			p.attached = true
+			if p.declared == mesh.Unknown {
+				p.Protocol = mesh.HTTP1
+			}
+			if !slices.Contains(out, p) {
+				out = append(out, p)
+			}
+		}
+	}
+	if len(obj.Spec.Hostnames) > 0 && !slices.ContainsFunc(obj.Spec.ParentRefs, func(ref gatewayv1.ParentReference) bool { return !ours(ref) }) {
+		r.add("spec.hostnames", ReasonUnsupported, "ignored for a Service as parent: the Service is the host; match a header, or delete it")
+	}
+	return out
+}
+
+// matching returns the ports that a parentRef names, whatever they speak.
+func (s *service) matching(ref gatewayv1.ParentReference) []*port {
+	var out []*port
+	for _, p := range s.ports {
+		if ref.Port != nil && *ref.Port != int32(p.Number) {
+			continue
+		}
+		if ref.SectionName != nil && *ref.SectionName != "" && string(*ref.SectionName) != p.Name {
+			continue
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// parentPorts returns the ports that a route with this parent is attached to.
+// A route that names a port of unknown protocol says that it speaks HTTP. One
+// that names no port means the ports that are HTTP, and those of unknown
+// protocol only where there is no other: it must not turn a database into a
+// web server.
+func (b *builder) parentPorts(namespace string, ref gatewayv1.ParentReference) []*port {
+	if ns := deref(ref.Namespace, ""); ns != "" && string(ns) != namespace {
+		return nil
+	}
+	s := b.services[key{namespace, string(ref.Name)}]
+	if s == nil {
+		return nil
+	}
+	var http, unknown []*port
+	for _, p := range s.matching(ref) {
+		switch {
+		case p.declared.IsHTTP():
+			http = append(http, p)
+		case p.declared == mesh.Unknown:
+			unknown = append(unknown, p)
+		}
+	}
+	if len(http) > 0 {
+		return http
+	}
+	return unknown
+}
+
+// rules reads the rules of a route. A match that is invalid is left out; a
+// rule whose action is invalid or not supported keeps its matches and loses
+// its backends, so that its requests are answered 500 rather than taken by
+// another rule.
+func (b *builder) rules(r *report, obj *gatewayv1.HTTPRoute) []rule {
+	specs := obj.Spec.Rules
+	if len(specs) == 0 {
+		// The type's default: one rule that matches everything.
+		specs = []gatewayv1.HTTPRouteRule{{}}
+	}
+	var out []rule
+	seen := map[string]bool{}
+	for i := range specs {
+		spec := &specs[i]
+		field := at("spec.rules", i)
+		rl := rule{name: strconv.Itoa(i)}
+		if name := string(deref(spec.Name, "")); name != "" {
+			if seen[name] {
+				r.add(field+".name", ReasonInvalid, "%q names an earlier rule; give each rule its own name", name)
+			} else {
+				seen[name] = true
+				rl.name, rl.section = name, name
+			}
+		}
+		rl.matches = matches(r, field, spec.Matches)
+
+		// The rule's own report tells an invalid action from what came before.
+		action := &report{b: b, at: r.at}
+		b.action(action, field, obj, spec, &rl)
+		if action.bad {
+			rl.backends, rl.retry, rl.timeout, rl.perTry = nil, nil, 0, 0
+		}
+		if spec.SessionPersistence != nil {
+			r.add(field+".sessionPersistence", ReasonUnsupported, "ignored: not supported; delete it")
+		}
+		out = append(out, rl)
+	}
+	return out
+}
+
+func (b *builder) action(r *report, field string, obj *gatewayv1.HTTPRoute, spec *gatewayv1.HTTPRouteRule, rl *rule) {
+	for j, f := range spec.Filters {
+		r.add(at(field+".filters", j), ReasonUnsupported, "filter %s is not supported yet; requests of this rule are answered 500 until it is removed", f.Type)
+	}
+	if n := len(spec.BackendRefs); n > maxBackends {
+		r.add(field+".backendRefs", ReasonInvalid, "%d backends; at most %d", n, maxBackends)
+	}
+	for j := range spec.BackendRefs {
+		rl.backends = append(rl.backends, b.backend(r, at(field+".backendRefs", j), obj.Namespace, &spec.BackendRefs[j]))
+	}
+	if t := spec.Timeouts; t != nil {
+		rl.timeout = gatewayDuration(r, field+".timeouts.request", t.Request)
+		rl.perTry = gatewayDuration(r, field+".timeouts.backendRequest", t.BackendRequest)
+		if rl.timeout > 0 && rl.perTry > rl.timeout {
+			r.add(field+".timeouts.backendRequest", ReasonInvalid, "%s is longer than timeouts.request, %s, which bounds all attempts; shorten it", rl.perTry, rl.timeout)
+		}
+	}
+	if spec.Retry != nil {
+		rl.retry = ruleRetry(r, field+".retry", spec.Retry)
+	}
+}
+
+// backend resolves a backendRef. What does not resolve is a problem, but not
+// one of the whole rule: it keeps its share, which is answered 500.
+func (b *builder) backend(rule *report, field, namespace string, ref *gatewayv1.HTTPBackendRef) mesh.Backend {
+	out := mesh.Backend{Namespace: namespace, Service: string(ref.Name), Weight: 1}
+	if ref.Weight != nil {
+		if *ref.Weight < 0 || *ref.Weight > maxWeight {
+			rule.add(field+".weight", ReasonInvalid, "%d is out of range; write 0 to %d", *ref.Weight, maxWeight)
+		} else {
+			out.Weight = uint32(*ref.Weight)
+		}
+	}
+	r := &report{b: b, at: rule.at}
+	const consequence = "; until then its share of the requests is answered 500"
+	switch ns := string(deref(ref.Namespace, gatewayv1.Namespace(namespace))); {
+	case deref(ref.Group, "") != "" || deref(ref.Kind, kindService) != kindService:
+		r.add(field+".kind", ReasonInvalidKind, `%s/%s cannot be a backend; write group: "" and kind: Service`+consequence, deref(ref.Group, ""), deref(ref.Kind, kindService))
+	case ns != "" && ns != namespace:
+		out.Namespace = ns
+		r.add(field+".namespace", ReasonRefNotPermitted, "backends in another namespace (%q) are not permitted: ReferenceGrant is not supported; use a Service of namespace %s"+consequence, ns, namespace)
+	case ref.Port == nil:
+		r.add(field+".port", ReasonInvalid, "missing; write the port of the Service"+consequence)
+	default:
+		k := key{namespace, out.Service}
+		s := b.services[k]
+		if s == nil {
+			r.add(field+".name", ReasonBackendNotFound, "no usable Service %s; create it or correct the name"+consequence, k)
+			break
+		}
+		p := s.byNumber(*ref.Port)
+		if p == nil {
+			r.add(field+".port", ReasonBackendNotFound, "no port %d; Service %s has %s"+consequence, *ref.Port, k, s.describePorts())
+			break
+		}
+		if p.declared == mesh.TCP {
+			r.add(field+".port", ReasonUnsupportedProtocol, "port %s of Service %s speaks tcp, not HTTP; name an HTTP port"+consequence, p.describe(), k)
+		}
+	}
+	for j, f := range ref.Filters {
+		r.add(at(field+".filters", j), ReasonUnsupported, "filter %s is not supported yet; remove it"+consequence, f.Type)
+	}
+	if r.bad {
+		// Port 0 keeps the key from naming a cluster that exists but that this
+		// route may not use.
+		out.Missing = true
+		return out
+	}
+	out.Port = uint16(*ref.Port)
+	return out
+}
+
+// ruleRetry reads the retry field of a rule (GEP-1731). Its presence asks for
+// connection errors to be retried, whatever the codes.
+func ruleRetry(r *report, field string, in *gatewayv1.HTTPRouteRetry) *mesh.Retry {
+	out := defaultRetry()
+	out.On = []string{"connect-failure", "refused-stream", "reset"}
+	out.IdempotentOn = nil
+	for i, code := range in.Codes {
+		if code < 400 || code > 599 {
+			r.add(at(field+".codes", i), ReasonInvalid, "%d is not the status of an error; write 400 to 599", code)
+			continue
+		}
+		out.Status = append(out.Status, uint32(code))
+	}
+	slices.Sort(out.Status)
+	out.Status = slices.Compact(out.Status)
+	if a := in.Attempts; a != nil {
+		if *a < 1 || *a > maxAttempts {
+			r.add(field+".attempts", ReasonInvalid, "%d is out of range; write 1 to %d", *a, maxAttempts)
+		} else {
+			out.Attempts = uint32(*a)
+		}
+	}
+	if in.Backoff != nil {
+		if d := gatewayDuration(r, field+".backoff", in.Backoff); d > 0 {
+			out.BackoffBase, out.BackoffMax = d, 10*d
+		}
+	}
+	return &out
+}
+
+// gatewayDuration reads a duration of GEP-2257: up to four numbers of at most
+// five digits, each with h, m, s or ms.
+func gatewayDuration(r *report, field string, d *gatewayv1.Duration) time.Duration {
+	if d == nil {
+		return 0
+	}
+	v, ok := parseGatewayDuration(string(*d))
+	if !ok {
+		r.add(field, ReasonInvalid, "%q is not a duration; write whole numbers with h, m, s or ms, as in 1m30s or 250ms (GEP-2257)", *d)
+	}
+	return v
+}
+
+func parseGatewayDuration(s string) (time.Duration, bool) {
+	rest, parts := s, 0
+	for rest != "" {
+		digits := 0
+		for digits < len(rest) && rest[digits] >= '0' && rest[digits] <= '9' {
+			digits++
+		}
+		if digits < 1 || digits > 5 {
+			return 0, false
+		}
+		rest = rest[digits:]
+		switch {
+		case strings.HasPrefix(rest, "ms"):
+			rest = rest[2:]
+		case strings.HasPrefix(rest, "h"), strings.HasPrefix(rest, "m"), strings.HasPrefix(rest, "s"):
+			rest = rest[1:]
+		default:
+			return 0, false
+		}
+		parts++
+	}
+	if parts < 1 || parts > 4 {
+		return 0, false
+	}
+	v, err := time.ParseDuration(s)
+	return v, err == nil
+}
+
+// matches reads the matches of a rule; none means the one that matches all.
+func matches(r *report, field string, in []gatewayv1.HTTPRouteMatch) []mesh.Match {
+	if len(in) == 0 {
+		return []mesh.Match{{}}
+	}
+	var out []mesh.Match
+	for i := range in {
+		m := &report{b: r.b, at: r.at}
+		if match := newMatch(m, at(field+".matches", i), &in[i]); !m.bad {
+			out = append(out, match)
+		}
+	}
+	return out
+}
+
+func newMatch(r *report, field string, in *gatewayv1.HTTPRouteMatch) mesh.Match {
+	var out mesh.Match
+	if in.Path != nil {
+		out.Path = pathMatch(r, field+".path", in.Path)
+	}
+	if in.Method != nil {
+		switch m := *in.Method; m {
+		case gatewayv1.HTTPMethodGet, gatewayv1.HTTPMethodHead, gatewayv1.HTTPMethodPost, gatewayv1.HTTPMethodPut,
+			gatewayv1.HTTPMethodDelete, gatewayv1.HTTPMethodConnect, gatewayv1.HTTPMethodOptions, gatewayv1.HTTPMethodTrace, gatewayv1.HTTPMethodPatch:
+			out.Method = string(m)
+		default:
+			r.add(field+".method", ReasonInvalid, "%q is not a method; write GET, HEAD, POST, PUT, DELETE, CONNECT, OPTIONS, TRACE or PATCH", m)
+		}
+	}
+	// Of entries with the same name only the first counts; header names are the
+	// same whatever their case, names of query parameters are not.
+	seen := map[string]bool{}
+	for i, h := range in.Headers {
+		hf := at(field+".headers", i)
+		name := strings.ToLower(string(h.Name))
+		kind, ok := valueMatch(r, hf, string(h.Name), string(deref(h.Type, gatewayv1.HeaderMatchExact)), h.Value)
+		if ok && !seen[name] {
+			seen[name] = true
+			out.Headers = append(out.Headers, mesh.HeaderMatch{Name: name, Kind: kind, Value: h.Value})
+		}
+	}
+	clear(seen)
+	for i, q := range in.QueryParams {
+		qf := at(field+".queryParams", i)
+		name := string(q.Name)
+		kind, ok := valueMatch(r, qf, name, string(deref(q.Type, gatewayv1.QueryParamMatchExact)), q.Value)
+		if ok && !seen[name] {
+			seen[name] = true
+			out.Query = append(out.Query, mesh.QueryMatch{Name: name, Kind: kind, Value: q.Value})
+		}
+	}
+	return out
+}
+
+func valueMatch(r *report, field, name, kind, value string) (mesh.MatchKind, bool) {
+	if !isToken(name) {
+		r.add(field+".name", ReasonInvalid, "%q is not a name; write letters, digits and !#$%%&'*+-.^_`|~", name)
+		return "", false
+	}
+	if value == "" || len(value) > maxValue {
+		r.add(field+".value", ReasonInvalid, "has %d bytes; write 1 to %d", len(value), maxValue)
+		return "", false
+	}
+	switch kind {
+	case string(gatewayv1.HeaderMatchExact):
+		return mesh.Exact, true
+	case string(gatewayv1.HeaderMatchRegularExpression):
+		if _, err := regexp.Compile(value); err != nil {
+			r.add(field+".value", ReasonInvalid, "%q is not an expression of RE2: %s", value, err)
+			return "", false
+		}
+		return mesh.Regex, true
+	default:
+		r.add(field+".type", ReasonInvalid, "%q is not a type of match; write Exact or RegularExpression", kind)
+		return "", false
+	}
+}
+
+// isToken is RFC 9110, 5.6.2.
+func isToken(s string) bool {
+	if s == "" || len(s) > 256 {
+		return false
+	}
+	for _, c := range []byte(s) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9':
+		case strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMatch {
+	kind, value := deref(in.Type, gatewayv1.PathMatchPathPrefix), deref(in.Value, "/")
+	if len(value) > maxPath {
+		r.add(field+".value", ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
+		return mesh.PathMatch{}
+	}
+	switch kind {
+	case gatewayv1.PathMatchRegularExpression:
+		if _, err := regexp.Compile(value); err != nil {
+			r.add(field+".value", ReasonInvalid, "%q is not an expression of RE2: %s", value, err)
+		}
+		return mesh.PathMatch{Kind: mesh.Regex, Value: value}
+	case gatewayv1.PathMatchExact, gatewayv1.PathMatchPathPrefix:
+	default:
+		r.add(field+".type", ReasonInvalid, "%q is not a type of match; write Exact, PathPrefix or RegularExpression", kind)
+		return mesh.PathMatch{}
+	}
+	if !strings.HasPrefix(value, "/") {
+		r.add(field+".value", ReasonInvalid, "%q is not a path; begin it with /", value)
+		return mesh.PathMatch{}
+	}
+	for _, bad := range []string{"//", "/./", "/../", "%2f", "%2F", "#", "?"} {
+		if strings.Contains(value, bad) {
+			r.add(field+".value", ReasonInvalid, "%q contains %q, which no normalised path does; remove it", value, bad)
+			return mesh.PathMatch{}
+		}
+	}
+	if strings.HasSuffix(value, "/.") || strings.HasSuffix(value, "/..") {
+		r.add(field+".value", ReasonInvalid, "%q ends in a dot segment, which no normalised path does; remove it", value)
+		return mesh.PathMatch{}
+	}
+	if kind == gatewayv1.PathMatchExact {
+		return mesh.PathMatch{Kind: mesh.Exact, Value: value}
+	}
+	// /api and /api/ are the same prefix, and / is every path.
+	value = strings.TrimSuffix(value, "/")
+	if value == "" {
+		return mesh.PathMatch{}
+	}
+	return mesh.PathMatch{Kind: mesh.Prefix, Value: value}
+}

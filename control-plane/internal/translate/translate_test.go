@@ -1,0 +1,221 @@
+package translate_test
+
+import (
+	"flag"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/tools/txtar"
+	"sigs.k8s.io/yaml"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/identity"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/manifests"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// TestGolden builds the mesh of each testdata/*.txtar from the files under
+// input/ and compares it, and the problems, with want/mesh and want/problems.
+// The objects are shuffled several times: their order makes no difference.
+func TestGolden(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no golden files: %v", err)
+	}
+	for _, path := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(strings.TrimSpace(string(ar.Comment))) == 0 {
+				t.Errorf("%s does not say what it shows", path)
+			}
+			objects, got := load(t, ar)
+			m, problems := translate.Build(objects, translate.Options{})
+			for _, p := range problems {
+				got += p.String() + " [" + string(p.Reason) + "]\n"
+			}
+			compare(t, ar, path, map[string]string{"want/mesh": dump(m), "want/problems": got})
+
+			r := rand.New(rand.NewPCG(1, 2))
+			for range 20 {
+				shuffle(r, &objects)
+				m2, problems2 := translate.Build(objects, translate.Options{})
+				if d := cmp.Diff(m, m2, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
+					t.Fatalf("the mesh depends on the order of the objects (-first +shuffled):\n%s", d)
+				}
+				if d := cmp.Diff(problems, problems2); d != "" {
+					t.Fatalf("the problems depend on the order of the objects (-first +shuffled):\n%s", d)
+				}
+			}
+		})
+	}
+}
+
+// load reads the input as a user's folder is read. Problems with the files
+// come first.
+func load(t *testing.T, ar *txtar.Archive) (translate.Objects, string) {
+	t.Helper()
+	dir := t.TempDir()
+	for _, f := range ar.Files {
+		name, ok := strings.CutPrefix(f.Name, "input/")
+		if !ok {
+			continue
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), f.Data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	objects, problems := manifests.New(dir, slog.New(slog.DiscardHandler)).Load()
+	var out strings.Builder
+	for _, p := range problems {
+		out.WriteString(p.String() + " [" + string(p.Reason) + "]\n")
+	}
+	return objects, out.String()
+}
+
+func compare(t *testing.T, ar *txtar.Archive, path string, got map[string]string) {
+	t.Helper()
+	if *update {
+		files := ar.Files[:0]
+		for _, f := range ar.Files {
+			if _, ok := got[f.Name]; !ok {
+				files = append(files, f)
+			}
+		}
+		for _, name := range []string{"want/mesh", "want/problems"} {
+			files = append(files, txtar.File{Name: name, Data: []byte(got[name])})
+		}
+		ar.Files = files
+		if err := os.WriteFile(path, txtar.Format(ar), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	for _, f := range ar.Files {
+		if g, ok := got[f.Name]; ok {
+			if d := cmp.Diff(string(f.Data), g); d != "" {
+				t.Errorf("%s (-want +got):\n%s", f.Name, d)
+			}
+			delete(got, f.Name)
+		}
+	}
+	for name := range got {
+		t.Errorf("%s has no section %s; run with -update", path, name)
+	}
+}
+
+func shuffle(r *rand.Rand, o *translate.Objects) {
+	mix(r, o.Services)
+	mix(r, o.EndpointSlices)
+	mix(r, o.HTTPRoutes)
+	mix(r, o.Workloads)
+	mix(r, o.CircuitBreakers)
+	mix(r, o.RetryPolicies)
+}
+
+func mix[T any](r *rand.Rand, s []T) { r.Shuffle(len(s), func(i, j int) { s[i], s[j] = s[j], s[i] }) }
+
+func TestTrustDomain(t *testing.T) {
+	f := func(in, want string) {
+		t.Helper()
+		if m, _ := translate.Build(translate.Objects{}, translate.Options{TrustDomain: in}); m.TrustDomain != want {
+			t.Errorf("trust domain %q: got %q, want %q", in, m.TrustDomain, want)
+		}
+	}
+	f("", identity.DefaultTrustDomain)
+	f("example.org", "example.org")
+}
+
+func TestProblemString(t *testing.T) {
+	f := func(p translate.Problem, want string) {
+		t.Helper()
+		if got := p.String(); got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+	}
+	f(translate.Problem{Kind: "CircuitBreaker", Namespace: "shop", Name: "payments", Source: "payments.yaml:1", Field: "spec.mode", Message: "wrong"},
+		"CircuitBreaker shop/payments (payments.yaml:1): spec.mode: wrong")
+	f(translate.Problem{Kind: "Service", Namespace: "shop", Name: "payments", Message: "wrong"},
+		"Service shop/payments: wrong")
+	f(translate.Problem{Kind: translate.KindFile, Name: "a.yaml", Source: "a.yaml:7", Message: "is not YAML"},
+		"File a.yaml:7: is not YAML")
+	f(translate.Problem{Kind: translate.KindFile, Name: "a.yaml", Source: "a.yaml", Message: "is empty"},
+		"File a.yaml: is empty")
+}
+
+// FuzzBuild feeds objects with whatever YAML can make of their fields. The
+// result means nothing; Build must come back, and twice with the same.
+func FuzzBuild(f *testing.F) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, path := range files {
+		ar, err := txtar.ParseFile(path)
+		if err != nil {
+			f.Fatal(err)
+		}
+		var all []string
+		for _, file := range ar.Files {
+			if strings.HasPrefix(file.Name, "input/") {
+				all = append(all, string(file.Data))
+			}
+		}
+		f.Add(strings.Join(all, "\n---\n"))
+	}
+	f.Fuzz(func(t *testing.T, documents string) {
+		var objects translate.Objects
+		for doc := range strings.SplitSeq(documents, "\n---\n") {
+			loosely(&objects, []byte(doc))
+		}
+		m, problems := translate.Build(objects, translate.Options{})
+		for _, p := range problems {
+			if p.Reason == "" || p.Message == "" || p.String() == "" {
+				t.Errorf("a problem says too little: %#v", p)
+			}
+		}
+		m2, problems2 := translate.Build(objects, translate.Options{})
+		if dump(m) != dump(m2) || !cmp.Equal(problems, problems2) {
+			t.Error("the same objects gave two results")
+		}
+	})
+}
+
+// loosely decodes a document without any of the checks that a reader makes.
+func loosely(o *translate.Objects, doc []byte) {
+	var head struct{ Kind string }
+	if yaml.Unmarshal(doc, &head) != nil {
+		return
+	}
+	switch head.Kind {
+	case "Service":
+		decode(&o.Services, doc)
+	case "EndpointSlice":
+		decode(&o.EndpointSlices, doc)
+	case "HTTPRoute":
+		decode(&o.HTTPRoutes, doc)
+	case "Workload":
+		decode(&o.Workloads, doc)
+	case "CircuitBreaker":
+		decode(&o.CircuitBreakers, doc)
+	case "RetryPolicy":
+		decode(&o.RetryPolicies, doc)
+	}
+}
+
+func decode[T any](list *[]*T, doc []byte) {
+	o := new(T)
+	if yaml.Unmarshal(doc, o) == nil {
+		*list = append(*list, o)
+	}
+}

@@ -1,0 +1,278 @@
+package xds
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
+)
+
+// EnvoyNode is what a real Envoy said in its node metadata about the ports that
+// it is to open.
+type EnvoyNode struct {
+	Upstreams []bootstrap.Upstream
+	Inbounds  []bootstrap.Inbound
+}
+
+// Key tells nodes apart that need different listeners; replicas share one.
+func (n EnvoyNode) Key() string {
+	var b strings.Builder
+	for _, u := range n.Upstreams {
+		b.WriteString(u.String() + "\n")
+	}
+	for _, in := range n.Inbounds {
+		b.WriteString(in.String() + "\n")
+	}
+	return b.String()
+}
+
+// ParseEnvoyNode reads the lists UPSTREAMS and INBOUNDS of the node metadata
+// that bootstrap.Config writes. Both may be absent. The error names every entry
+// that cannot be read.
+func ParseEnvoyNode(metadata *structpb.Struct) (EnvoyNode, error) {
+	var n EnvoyNode
+	var errs []error
+	ups := metadata.GetFields()[bootstrap.MetaUpstreams].GetListValue().GetValues()
+	ins := metadata.GetFields()[bootstrap.MetaInbounds].GetListValue().GetValues()
+	if total := len(ups) + len(ins); total > bootstrap.MaxListeners {
+		return EnvoyNode{}, fmt.Errorf("node metadata %s and %s hold %d entries: at most %d", bootstrap.MetaUpstreams, bootstrap.MetaInbounds, total, bootstrap.MaxListeners)
+	}
+	listens := map[netip.AddrPort]bool{}
+	twice := func(a netip.AddrPort) {
+		if listens[a] {
+			errs = append(errs, fmt.Errorf("two listeners on %s: give each its own port", a))
+		}
+		listens[a] = true
+	}
+	for _, v := range ups {
+		u, err := bootstrap.ParseUpstream(v.GetStringValue())
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		twice(u.Listen)
+		n.Upstreams = append(n.Upstreams, u)
+	}
+	for _, v := range ins {
+		in, err := bootstrap.ParseInbound(v.GetStringValue())
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		twice(in.Listen)
+		n.Inbounds = append(n.Inbounds, in)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return EnvoyNode{}, fmt.Errorf("node metadata: %w", err)
+	}
+	return n, nil
+}
+
+// EnvoyView is what one Envoy gets where it asks with wildcards.
+type EnvoyView struct {
+	Listeners Resources
+	Clusters  Resources
+	// Missing names the upstreams that no Service of the mesh has, sorted. No
+	// listener is opened for them, so a connection is refused.
+	Missing []string
+}
+
+// EnvoyView makes the listeners of a node and picks the clusters that its
+// upstreams can reach. The set must have been built for Envoy.
+func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
+	v := &EnvoyView{Listeners: Resources{}, Clusters: Resources{}}
+	for _, u := range n.Upstreams {
+		ps := s.ports[u.Key()]
+		if ps == nil {
+			v.Missing = append(v.Missing, u.Key())
+			continue
+		}
+		name := ListenerName(u.Key()) + "|" + u.Listen.String()
+		l := &listenerv3.Listener{
+			Name: name, Address: socketAddress(u.Listen), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+			FilterChains: []*listenerv3.FilterChain{outboundChain(u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
+				if m != nil {
+					forEnvoy(m, corev3.TrafficDirection_OUTBOUND)
+					return
+				}
+				t.AccessLog = accessLog(tcpLogFields())
+			})},
+		}
+		r, err := encode(ListenerType, name, l)
+		if err != nil {
+			return nil, err
+		}
+		v.Listeners[name] = r
+		for _, c := range ps.reaches {
+			if r := s.types[ClusterType][c]; r != nil {
+				v.Clusters[c] = r
+			}
+		}
+	}
+	slices.Sort(v.Missing)
+	v.Missing = slices.Compact(v.Missing)
+	for _, in := range n.Inbounds {
+		l, err := encode(ListenerType, "inbound/"+in.Listen.String(), inboundListener(in))
+		if err != nil {
+			return nil, err
+		}
+		v.Listeners[l.Name] = l
+		c, err := encode(ClusterType, "inbound/"+in.Forward.String(), inboundCluster(in))
+		if err != nil {
+			return nil, err
+		}
+		v.Clusters[c.Name] = c
+	}
+	return v, nil
+}
+
+// Equal reports whether both views hold the same resources.
+func (v *EnvoyView) Equal(o *EnvoyView) bool {
+	same := func(a, b *Resource) bool { return a.Version == b.Version }
+	return maps.EqualFunc(v.Listeners, o.Listeners, same) && maps.EqualFunc(v.Clusters, o.Clusters, same)
+}
+
+func inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
+	to := "inbound/" + in.Forward.String()
+	l := &listenerv3.Listener{
+		Name: "inbound/" + in.Listen.String(), Address: socketAddress(in.Listen), TrafficDirection: corev3.TrafficDirection_INBOUND,
+	}
+	if in.Protocol == "tcp" {
+		l.FilterChains = []*listenerv3.FilterChain{chain(filterTCPProxy, &tcpproxyv3.TcpProxy{
+			StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(tcpLogFields()),
+		})}
+		return l
+	}
+	m := manager(l.GetName(), "")
+	m.RouteSpecifier = &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
+		Name: l.GetName(),
+		VirtualHosts: []*routev3.VirtualHost{{
+			Name: "application", Domains: []string{"*"},
+			Routes: []*routev3.Route{{
+				Name:  "default",
+				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
+				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
+					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: to},
+					// The caller's proxy keeps the time; two clocks would race.
+					Timeout: durationpb.New(0),
+				}},
+			}},
+		}},
+	}}
+	forEnvoy(m, corev3.TrafficDirection_INBOUND)
+	l.FilterChains = []*listenerv3.FilterChain{chain(filterHCM, m)}
+	return l
+}
+
+// inboundCluster is the application. It is spoken to in the version of HTTP
+// that the caller used, so that gRPC and HTTP/1.1 share a port.
+func inboundCluster(in bootstrap.Inbound) *clusterv3.Cluster {
+	name := "inbound/" + in.Forward.String()
+	c := &clusterv3.Cluster{
+		Name:                 name,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+		ConnectTimeout:       durationpb.New(connectTimeout),
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpointv3.LocalityLbEndpoints{{
+			LbEndpoints: []*endpointv3.LbEndpoint{{
+				HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(in.Forward)}},
+			}},
+		}}},
+		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+			MaxConnections: wrapperspb.UInt32(noLimit), MaxPendingRequests: wrapperspb.UInt32(noLimit),
+			MaxRequests: wrapperspb.UInt32(noLimit), MaxRetries: wrapperspb.UInt32(noLimit),
+		}}},
+		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
+	}
+	if in.Protocol != "tcp" {
+		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{httpOptions: packed(&httpv3.HttpProtocolOptions{
+			UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
+				UseDownstreamProtocolConfig: &httpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
+					HttpProtocolOptions:  &corev3.Http1ProtocolOptions{},
+					Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
+				},
+			},
+		})}
+	}
+	return c
+}
+
+// forEnvoy adds what our own sidecar does by itself.
+func forEnvoy(m *hcmv3.HttpConnectionManager, direction corev3.TrafficDirection) {
+	m.NormalizePath = wrapperspb.Bool(true)
+	m.UpgradeConfigs = []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}}
+	m.AccessLog = accessLog(httpLogFields(strings.ToLower(direction.String())))
+}
+
+// httpLogFields are Elastic Common Schema names, as our sidecar's access log.
+func httpLogFields(direction string) map[string]string {
+	return map[string]string{
+		"@timestamp":                "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
+		"event.dataset":             "outrigger.access",
+		"event.duration":            "%COMMON_DURATION(DS_RX_BEG:DS_TX_END:ns)%",
+		"network.direction":         direction,
+		"http.request.method":       "%REQ(:METHOD)%",
+		"http.request.id":           "%REQ(X-REQUEST-ID)%",
+		"http.response.status_code": "%RESPONSE_CODE%",
+		"url.path":                  "%REQ(:PATH)%",
+		"url.domain":                "%REQ(:AUTHORITY)%",
+		"http.version":              "%PROTOCOL%",
+		"source.address":            "%DOWNSTREAM_REMOTE_ADDRESS%",
+		"destination.address":       "%UPSTREAM_HOST%",
+		"outrigger.cluster":         "%UPSTREAM_CLUSTER%",
+		"outrigger.route":           "%ROUTE_NAME%",
+		"outrigger.response_flags":  "%RESPONSE_FLAGS%",
+		"outrigger.attempts":        "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+		"outrigger.detail":          "%RESPONSE_CODE_DETAILS%",
+		"trace.parent":              "%REQ(TRACEPARENT)%",
+	}
+}
+
+func tcpLogFields() map[string]string {
+	return map[string]string{
+		"@timestamp":               "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
+		"event.dataset":            "outrigger.access",
+		"event.duration":           "%DURATION%000000",
+		"source.address":           "%DOWNSTREAM_REMOTE_ADDRESS%",
+		"destination.address":      "%UPSTREAM_HOST%",
+		"outrigger.cluster":        "%UPSTREAM_CLUSTER%",
+		"outrigger.response_flags": "%RESPONSE_FLAGS%",
+		"source.bytes":             "%BYTES_RECEIVED%",
+		"destination.bytes":        "%BYTES_SENT%",
+	}
+}
+
+func accessLog(format map[string]string) []*accesslogv3.AccessLog {
+	f := make(map[string]*structpb.Value, len(format))
+	for k, v := range format {
+		f[k] = structpb.NewStringValue(v)
+	}
+	return []*accesslogv3.AccessLog{{
+		Name: "envoy.access_loggers.stdout",
+		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: packed(&streamv3.StdoutAccessLog{
+			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
+				Format:          &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: &structpb.Struct{Fields: f}},
+				OmitEmptyValues: true,
+			}},
+		})},
+	}}
+}

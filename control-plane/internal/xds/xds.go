@@ -1,0 +1,331 @@
+// Package xds turns the model, mesh.Mesh, into xDS v3 resources: listeners,
+// routes, clusters and endpoints, once for each kind of data plane.
+//
+// It is pure: the same Mesh gives the same bytes, so a resource's version is a
+// hash of its content and survives a restart. It knows protobufs and what each
+// data plane honours (Parity); it knows neither streams nor nodes that are
+// connected. Package discovery serves what it makes, and the dry run prints it.
+//
+// # Names
+//
+//	listener   outbound/<namespace>/<service>:<port>   Outrigger
+//	           outbound/<virtual IP>:<port>            Outrigger, the same content
+//	           <service>.<namespace>:<port>            GRPC: xds:///payments.shop:80
+//	           <service>.<namespace>.svc.cluster.local:<port>   GRPC, the same
+//	           outbound/<namespace>/<service>:<port>|<address>  Envoy, by node
+//	           inbound/<address>                       Envoy, by node
+//	route      <namespace>/<service>:<port>
+//	cluster    <namespace>/<service>:<port>; inbound/<application address> by node
+//	endpoints  as the cluster
+//
+// # Contract: what travels as typed metadata
+//
+// What Envoy's own fields have no word for is in typed_filter_metadata under
+// the key "outrigger.dev": an xds.type.v3.TypedStruct whose value is described
+// here. Durations are Go duration strings ("800ms"), ratios and counts are
+// numbers, a condition that is not used is absent. A proxy that does not know
+// the type ignores it. It is sent to Outrigger and Envoy, not to gRPC.
+//
+//	cluster.metadata   type.googleapis.com/outrigger.dev.v1alpha1.CircuitBreaker
+//	  policy    string   <namespace>/<name> of the CircuitBreaker
+//	  mode      string   Observe or Enforce
+//	  trip      object   consecutiveFailures, failureRatio, slowCallThreshold, slowCallRatio,
+//	                     minimumRequests, window, openFor, halfOpenRequests, failureOn [words]
+//	  limits    object   only in Observe: connections, pendingRequests, requests, retries.
+//	                     In Enforce they are the cluster's circuit_breakers
+//	  ejection  object   consecutive5xx, consecutiveGatewayErrors, interval, baseEjectionTime,
+//	                     maxEjectionPercent, failurePercentage {threshold, minimumHosts, requestVolume}
+//	route.metadata     type.googleapis.com/outrigger.dev.v1alpha1.RetryPolicy
+//	  policy        string   <namespace>/<name>, or "default"
+//	  idempotentOn  [words]  retry_on words that apply to idempotent methods only
+//
+// An endpoint's filter_metadata["outrigger.dev"] holds the strings instance,
+// workload and serviceAccount; those that are unknown are absent.
+//
+// In circuit_breakers, 4294967295 is "no limit": Envoy's own default for a
+// threshold that is absent is 1024, which nobody asked for. A retry_policy
+// whose retry_on is empty retries only what idempotentOn names; num_retries is
+// the number after the first attempt. A route's cluster that does not exist
+// means 500 for its share of the requests (cluster_not_found_response_code).
+package xds
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+)
+
+// DataPlane is a kind of proxy. Each understands another part of xDS.
+type DataPlane string
+
+// The data planes: our sidecar, a real Envoy, a gRPC program without a proxy.
+const (
+	Outrigger DataPlane = "outrigger"
+	Envoy     DataPlane = "envoy"
+	GRPC      DataPlane = "grpc"
+)
+
+// DataPlanes lists them all.
+func DataPlanes() []DataPlane { return []DataPlane{Outrigger, Envoy, GRPC} }
+
+// DataPlaneOf tells the data plane from the user_agent_name of an xDS node:
+// "envoy", "gRPC <language>", and anything else is treated as our sidecar.
+func DataPlaneOf(userAgent string) DataPlane {
+	switch {
+	case userAgent == "envoy":
+		return Envoy
+	case strings.HasPrefix(userAgent, "gRPC"):
+		return GRPC
+	}
+	return Outrigger
+}
+
+// The type URLs that are served.
+const (
+	ListenerType = "type.googleapis.com/envoy.config.listener.v3.Listener"
+	RouteType    = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+	ClusterType  = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+	EndpointType = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+)
+
+// TypeURLs lists the types in the order in which additions are to be pushed,
+// so that whatever is referred to arrives first (make before break).
+func TypeURLs() []string { return []string{ClusterType, EndpointType, ListenerType, RouteType} }
+
+// Resource is one encoded resource. It is never changed and may be shared.
+type Resource struct {
+	Name string
+	// Version is a hash of the content; of an Envoy's endpoints, also of their
+	// cluster's.
+	Version string
+	Any     *anypb.Any
+}
+
+// Resources of one type by name.
+type Resources map[string]*Resource
+
+// VersionOf is the version of a resource of these bytes: 64 bits of SHA-256 in
+// hexadecimal.
+func VersionOf(content []byte) string {
+	sum := sha256.Sum256(content)
+	return hex.EncodeToString(sum[:8])
+}
+
+// Set is all that one data plane may be told. It is never changed once built.
+type Set struct {
+	DataPlane DataPlane
+	types     map[string]Resources
+	ports     map[string]*portSet
+}
+
+// Of returns the resources of a type that all nodes share; nil for a type that
+// is not served. The map must not be changed.
+func (s *Set) Of(typeURL string) Resources { return s.types[typeURL] }
+
+// Version is a hash over the names and versions of all resources.
+func (s *Set) Version() string {
+	h := sha256.New()
+	for _, t := range TypeURLs() {
+		for _, name := range slices.Sorted(maps.Keys(s.types[t])) {
+			// A hash never fails to write.
+			_, _ = fmt.Fprintf(h, "%s\x00%s\x00%s\x00", t, name, s.types[t][name].Version)
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}
+
+// portSet is what was built for one port, and from what, so that a later Build
+// takes over whatever did not change.
+type portSet struct {
+	namespace, service string
+	vips               []netip.Addr
+	port               mesh.Port
+
+	listeners []*Resource
+	route     *Resource // nil for ports that are not routed by request
+	cluster   *Resource
+	endpoints *Resource
+	reaches   []string // clusters that calls to the port may go to, sorted
+}
+
+// Build makes the resources of a data plane. What it made before (prev, which
+// may be nil) is taken over for ports that did not change: where only the
+// endpoints of a port differ, only its ClusterLoadAssignment is encoded again.
+//
+// An error is a broken invariant: a message that cannot be encoded.
+func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
+	s := &Set{DataPlane: dp, types: map[string]Resources{}, ports: map[string]*portSet{}}
+	for _, t := range TypeURLs() {
+		s.types[t] = Resources{}
+	}
+	for i := range m.Services {
+		svc := &m.Services[i]
+		for j := range svc.Ports {
+			key := mesh.Key(svc.Namespace, svc.Name, svc.Ports[j].Number)
+			var old *portSet
+			if prev != nil && prev.DataPlane == dp {
+				old = prev.ports[key]
+			}
+			ps, err := buildPort(svc, svc.Ports[j], dp, old)
+			if err != nil {
+				return nil, fmt.Errorf("port %s for data plane %s: %w", key, dp, err)
+			}
+			s.add(key, ps)
+		}
+	}
+	if dp == GRPC {
+		return s, s.addMissing()
+	}
+	return s, nil
+}
+
+// addMissing gives each cluster that a route names and no Service has an entry
+// without endpoints: gRPC would otherwise hold up the whole channel for the 15 s
+// in which it hopes for the cluster, not just the share of that backend.
+func (s *Set) addMissing() error {
+	for _, ps := range s.ports {
+		for _, name := range ps.reaches {
+			if s.types[ClusterType][name] != nil {
+				continue
+			}
+			c, err := encode(ClusterType, name, cluster(name, mesh.Port{}, s.DataPlane))
+			if err != nil {
+				return err
+			}
+			e, err := encode(EndpointType, name, loadAssignment(name, nil, s.DataPlane))
+			if err != nil {
+				return err
+			}
+			s.types[ClusterType][name], s.types[EndpointType][name] = c, e
+		}
+	}
+	return nil
+}
+
+func (s *Set) add(key string, ps *portSet) {
+	s.ports[key] = ps
+	for _, l := range ps.listeners {
+		s.types[ListenerType][l.Name] = l
+	}
+	if ps.route != nil {
+		s.types[RouteType][key] = ps.route
+	}
+	s.types[ClusterType][key] = ps.cluster
+	s.types[EndpointType][key] = ps.endpoints
+}
+
+func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*portSet, error) {
+	key := mesh.Key(svc.Namespace, svc.Name, p.Number)
+	ps := &portSet{namespace: svc.Namespace, service: svc.Name, vips: svc.VIPs, port: p}
+	var err error
+	if old != nil && sameButEndpoints(old, ps) {
+		ps.listeners, ps.route, ps.cluster, ps.reaches = old.listeners, old.route, old.cluster, old.reaches
+	} else {
+		if ps.listeners, err = listeners(svc, p, dp); err != nil {
+			return nil, err
+		}
+		if ps.cluster, err = encode(ClusterType, key, cluster(key, p, dp)); err != nil {
+			return nil, err
+		}
+		if routed(p, dp) {
+			if ps.route, err = encode(RouteType, key, routeConfiguration(key, p, dp)); err != nil {
+				return nil, err
+			}
+		}
+		ps.reaches = reaches(key, p)
+	}
+	if old != nil && slices.Equal(old.port.Endpoints, p.Endpoints) && (dp != Envoy || old.cluster == ps.cluster) {
+		ps.endpoints = old.endpoints
+		return ps, nil
+	}
+	if ps.endpoints, err = encode(EndpointType, key, loadAssignment(key, p.Endpoints, dp)); err != nil {
+		return nil, err
+	}
+	if dp == Envoy {
+		// Envoy warms a cluster that changed until it is sent the endpoints
+		// again, and acknowledges no further clusters meanwhile. So endpoints
+		// count as new whenever their cluster is.
+		ps.endpoints.Version += contentEnd + ps.cluster.Version
+	}
+	return ps, nil
+}
+
+// contentEnd ends the part of a version that is the hash of the content.
+const contentEnd = "+"
+
+// SameContent reports whether two versions are of resources with equal content.
+func SameContent(a, b string) bool {
+	a, _, _ = strings.Cut(a, contentEnd)
+	b, _, _ = strings.Cut(b, contentEnd)
+	return a == b
+}
+
+func sameButEndpoints(a, b *portSet) bool {
+	if a.namespace != b.namespace || a.service != b.service || !slices.Equal(a.vips, b.vips) {
+		return false
+	}
+	x, y := a.port, b.port
+	x.Endpoints, y.Endpoints = nil, nil
+	return reflect.DeepEqual(x, y)
+}
+
+// routed reports whether the port has a RouteConfiguration. A gRPC client that
+// dials a port of unknown protocol has thereby said what it speaks.
+func routed(p mesh.Port, dp DataPlane) bool {
+	return p.Protocol.IsHTTP() || (dp == GRPC && p.Protocol == mesh.Unknown)
+}
+
+// reaches lists the clusters that calls to a port may end in.
+func reaches(key string, p mesh.Port) []string {
+	if !p.Protocol.IsHTTP() {
+		return []string{key}
+	}
+	var out []string
+	for _, r := range p.Routes {
+		for _, b := range r.Backends {
+			if b.Weight > 0 {
+				out = append(out, mesh.Key(b.Namespace, b.Service, b.Port))
+			}
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// encode makes a Resource of a message whose encoding depends on its content
+// only.
+func encode(typeURL, name string, m proto.Message) (*Resource, error) {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", name, err)
+	}
+	return &Resource{Name: name, Version: VersionOf(b), Any: &anypb.Any{TypeUrl: typeURL, Value: b}}, nil
+}
+
+// packed encodes a message that this package has just made. That it can be
+// encoded is an invariant: every string in it is valid UTF-8 by Kubernetes'
+// rules for names, or was checked by translate.
+func packed(m proto.Message) *anypb.Any {
+	a := new(anypb.Any)
+	if err := anypb.MarshalFrom(a, m, proto.MarshalOptions{Deterministic: true}); err != nil {
+		panic("xds: cannot encode " + string(m.ProtoReflect().Descriptor().FullName()) + ": " + err.Error())
+	}
+	return a
+}
+
+func hostPort(host string, port uint16) string { return host + ":" + strconv.Itoa(int(port)) }
+
+// sorted returns a sorted copy.
+func sorted[T cmp.Ordered](in []T) []T { return slices.Sorted(slices.Values(in)) }

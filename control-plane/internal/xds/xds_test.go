@@ -1,0 +1,245 @@
+package xds_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/tools/txtar"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// Each file of testdata holds a mesh (mesh.json) and, in files that -update
+// rewrites, what each data plane is told of it, what the Envoy of node.json is
+// told beside it, and the parity of the policies.
+func TestGolden(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no golden files: %v", err)
+	}
+	for _, path := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			in := map[string][]byte{}
+			for _, f := range ar.Files {
+				in[f.Name] = f.Data
+			}
+			got := &txtar.Archive{Comment: ar.Comment}
+			add := func(name string, data []byte) {
+				got.Files = append(got.Files, txtar.File{Name: name, Data: data})
+			}
+			var m mesh.Mesh
+			strict(t, in["mesh.json"], &m)
+			add("mesh.json", in["mesh.json"])
+			var sets []*xds.Set
+			for _, dp := range xds.DataPlanes() {
+				set, err := xds.Build(&m, dp, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sets = append(sets, set)
+			}
+			if node := in["node.json"]; node != nil {
+				add("node.json", node)
+				var s structpb.Struct
+				if err := s.UnmarshalJSON(node); err != nil {
+					t.Fatal(err)
+				}
+				n, err := xds.ParseEnvoyNode(&s)
+				if err != nil {
+					t.Fatal(err)
+				}
+				v, err := sets[1].EnvoyView(n)
+				if err != nil {
+					t.Fatal(err)
+				}
+				listeners, err := xds.Dump(v.Listeners)
+				if err != nil {
+					t.Fatal(err)
+				}
+				clusters := slices.Sorted(maps.Keys(v.Clusters))
+				inbound := xds.Resources{}
+				for name, c := range v.Clusters {
+					if strings.HasPrefix(name, "inbound/") {
+						inbound[name] = c
+					}
+				}
+				dumped, err := xds.Dump(inbound)
+				if err != nil {
+					t.Fatal(err)
+				}
+				add("envoy-node.json", indent(t, map[string]any{
+					"listeners": listeners, "clusters": clusters, "inbound clusters": dumped, "missing": v.Missing,
+				}))
+			}
+			for _, set := range sets {
+				d, err := set.Dump()
+				if err != nil {
+					t.Fatal(err)
+				}
+				add(string(set.DataPlane)+".json", indent(t, d))
+			}
+			var notes bytes.Buffer
+			for _, s := range m.Services {
+				for _, p := range s.Ports {
+					ns := xds.BreakerParity(p.Breaker)
+					for _, r := range p.Routes {
+						ns = append(ns, xds.RetryParity(r.Retry)...)
+					}
+					for _, n := range ns {
+						if n.DataPlane == xds.Outrigger && n.Support == xds.Honoured {
+							continue
+						}
+						notes.WriteString(n.Field + " | " + string(n.DataPlane) + " | " + string(n.Support) + " | " + n.Detail + "\n")
+					}
+				}
+			}
+			if notes.Len() > 0 {
+				add("parity.txt", notes.Bytes())
+			}
+			out := txtar.Format(got)
+			if *update {
+				if err := os.WriteFile(path, out, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), string(out)); diff != "" {
+				t.Errorf("run with -update if this is meant (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func strict(t *testing.T, data []byte, to any) {
+	t.Helper()
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(to); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func indent(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(b, '\n')
+}
+
+func shop(endpoints ...string) *mesh.Mesh {
+	p := mesh.Port{
+		Number: 80, Protocol: mesh.HTTP1,
+		Routes: []mesh.Route{{Name: "default", Backends: []mesh.Backend{{Namespace: "shop", Service: "payments", Port: 80, Weight: 1}}}},
+	}
+	for _, e := range endpoints {
+		p.Endpoints = append(p.Endpoints, mesh.Endpoint{Address: netip.MustParseAddrPort(e), Ready: true})
+	}
+	return &mesh.Mesh{Services: []mesh.Service{{Namespace: "shop", Name: "payments", Ports: []mesh.Port{p}}}}
+}
+
+// Building on what was built before gives what building from nothing gives, and
+// shares all that did not change.
+func TestBuildTakesOverWhatDidNotChange(t *testing.T) {
+	for _, dp := range xds.DataPlanes() {
+		before, err := xds.Build(shop("127.0.0.1:1"), dp, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		after, err := xds.Build(shop("127.0.0.1:2"), dp, before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fresh, err := xds.Build(shop("127.0.0.1:2"), dp, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if after.Version() != fresh.Version() || after.Version() == before.Version() {
+			t.Errorf("%s: versions %s, %s, %s", dp, before.Version(), after.Version(), fresh.Version())
+		}
+		for _, typeURL := range xds.TypeURLs() {
+			for name, r := range after.Of(typeURL) {
+				if same := before.Of(typeURL)[name] == r; same == (typeURL == xds.EndpointType) {
+					t.Errorf("%s: %s %s taken over: %v", dp, typeURL, name, same)
+				}
+			}
+		}
+	}
+}
+
+func TestDataPlaneOf(t *testing.T) {
+	f := func(agent string, want xds.DataPlane) {
+		t.Helper()
+		if got := xds.DataPlaneOf(agent); got != want {
+			t.Errorf("%q: %s, want %s", agent, got, want)
+		}
+	}
+	f("envoy", xds.Envoy)
+	f("gRPC Go", xds.GRPC)
+	f("gRPC C-core", xds.GRPC)
+	f(bootstrap.UserAgent, xds.Outrigger)
+	f("", xds.Outrigger)
+}
+
+func TestEnvoyNodeErrorsNameTheEntry(t *testing.T) {
+	f := func(metadata string, want string) {
+		t.Helper()
+		var s structpb.Struct
+		if err := s.UnmarshalJSON([]byte(metadata)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := xds.ParseEnvoyNode(&s); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", metadata, err, want)
+		}
+	}
+	f(`{"UPSTREAMS": ["payments=1"]}`, `"payments=1"`)
+	f(`{"INBOUNDS": [4]}`, `inbound ""`)
+	f(`{"UPSTREAMS": ["a.b:1=127.0.0.1:1"], "INBOUNDS": ["127.0.0.1:1=127.0.0.1:2"]}`, "two listeners on 127.0.0.1:1")
+	f(`{"UPSTREAMS": [`+strings.TrimSuffix(strings.Repeat(`"",`, 257), ",")+`]}`, "at most 256")
+}
+
+// Node metadata comes from the network.
+func FuzzParseEnvoyNode(f *testing.F) {
+	f.Add("payments.shop:80=127.0.0.1:4001", "http:127.0.0.1:5001=127.0.0.1:8080")
+	f.Add("a.b:1=[::1]:1", "tcp:[::1]:1=[::1]:2")
+	set, err := xds.Build(shop("127.0.0.1:1"), xds.Envoy, nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, up, in string) {
+		s, err := structpb.NewStruct(map[string]any{bootstrap.MetaUpstreams: []any{up}, bootstrap.MetaInbounds: []any{in}})
+		if err != nil {
+			return // not UTF-8
+		}
+		n, err := xds.ParseEnvoyNode(s)
+		if err != nil {
+			return
+		}
+		if _, err := set.EnvoyView(n); err != nil {
+			t.Fatalf("accepted, and then: %v", err)
+		}
+	})
+}
