@@ -365,6 +365,7 @@ func TestBreakerOpensExplainsAndCloses(t *testing.T) {
 	if resp, _ := m.do("GET", "/pay", nil); resp.StatusCode != 200 {
 		t.Fatalf("the probe got %d", resp.StatusCode)
 	}
+	m.logged() // by then the outcome has been counted
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.evidence) != 3 || m.evidence[0].To != "open" || m.evidence[2].To != "closed" || len(m.evidence[0].Requests) != 3 || m.evidence[0].Requests[0].Path != "/pay" {

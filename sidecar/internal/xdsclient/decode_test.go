@@ -1,0 +1,179 @@
+package xdsclient
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	"golang.org/x/tools/txtar"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"sigs.k8s.io/yaml"
+)
+
+var update = flag.Bool("update", false, "rewrite the expected output of golden files")
+
+func message(k kind) proto.Message {
+	return map[kind]proto.Message{
+		listeners: &listenerv3.Listener{}, routes: &routev3.RouteConfiguration{},
+		clusters: &clusterv3.Cluster{}, endpoints: &endpointv3.ClusterLoadAssignment{},
+	}[k]
+}
+
+// TestDecode reads the golden files: resources as Envoy's YAML in files named
+// after their kind, each followed by what the table says of it, or by the reason
+// that goes back to the control plane.
+func TestDecode(t *testing.T) {
+	files, err := filepath.Glob("testdata/decode/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no golden files: %v", err)
+	}
+	for _, path := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out := &txtar.Archive{Comment: ar.Comment}
+			for _, f := range ar.Files {
+				if f.Name == "want" {
+					continue
+				}
+				var k kind
+				for k = range kinds {
+					if strings.HasPrefix(f.Name, k.String()) {
+						break
+					}
+				}
+				got := decodeYAML(t, k, f.Data)
+				out.Files = append(out.Files, f, txtar.File{Name: "want", Data: []byte(got)})
+			}
+			got := txtar.Format(out)
+			if *update {
+				if err := os.WriteFile(path, got, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if want := txtar.Format(ar); string(got) != string(want) {
+				t.Errorf("got:\n%s", got)
+			}
+		})
+	}
+}
+
+func decodeYAML(t *testing.T, k kind, text []byte) string {
+	t.Helper()
+	js, err := yaml.YAMLToJSON(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := message(k)
+	if err := protojson.Unmarshal(js, m); err != nil {
+		t.Fatalf("%s: %v", k, err)
+	}
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r resource
+	if err := r.decode(k, b); err != nil {
+		// protobuf-go varies the space after its own prefix on purpose.
+		return "rejected: " + strings.ReplaceAll(err.Error(), "\u00a0", " ") + "\n"
+	}
+	var s strings.Builder
+	switch k {
+	case listeners:
+		fmt.Fprintf(&s, "%s routes=%q cluster=%q", r.listener.protocol, r.listener.routeName, r.listener.cluster)
+		if c := r.listener.inline; c != nil {
+			fmt.Fprintf(&s, " inline routes=%d", len(c.Routes))
+		}
+		s.WriteByte('\n')
+	case routes:
+		for _, x := range r.routes.Routes {
+			fmt.Fprintf(&s, "%s\n  match %+v\n  to %+v timeout %v\n  retry %+v\n", x.Name, x.Match, x.Clusters, x.Timeout, x.Retry)
+		}
+	case clusters:
+		c := r.cluster
+		fmt.Fprintf(&s, "%s endpoints of %s\n  limits %+v observe=%t\n  budget %+v\n  policy %q\n", c.Name, c.eds, c.Limits, c.LimitsObserve, c.Budget, c.Policy)
+		if c.Breaker != nil {
+			fmt.Fprintf(&s, "  breaker %+v\n", *c.Breaker)
+		}
+		if c.Outlier != nil {
+			fmt.Fprintf(&s, "  outlier %+v\n", *c.Outlier)
+		}
+	case endpoints:
+		for _, e := range r.endpoints {
+			fmt.Fprintf(&s, "%+v\n", e)
+		}
+	case kinds:
+	}
+	return s.String()
+}
+
+// FuzzDecode: whatever a control plane sends, the decoders return.
+func FuzzDecode(f *testing.F) {
+	files, err := filepath.Glob("testdata/decode/*.txtar")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, path := range files {
+		ar, err := txtar.ParseFile(path)
+		if err != nil {
+			f.Fatal(err)
+		}
+		for _, file := range ar.Files {
+			for k := range kinds {
+				if !strings.HasPrefix(file.Name, k.String()) {
+					continue
+				}
+				js, err := yaml.YAMLToJSON(file.Data)
+				if err != nil {
+					f.Fatal(err)
+				}
+				m := message(k)
+				if err := protojson.Unmarshal(js, m); err != nil {
+					f.Fatal(err)
+				}
+				b, err := proto.Marshal(m)
+				if err != nil {
+					f.Fatal(err)
+				}
+				f.Add(uint8(k), b)
+			}
+		}
+	}
+	f.Fuzz(func(t *testing.T, k uint8, b []byte) {
+		var r resource
+		if err := r.decode(kind(k)%kinds, b); err != nil {
+			return
+		}
+		if kind(k)%kinds == routes {
+			refs(r.routes)
+		}
+	})
+}
+
+func FuzzLastGood(f *testing.F) {
+	b, err := encodeLastGood([]saved{{kind: clusters, name: "a", version: "1", raw: []byte("x")}, {kind: listeners, name: "b", missing: true}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		list, err := decodeLastGood(b)
+		if err != nil {
+			return
+		}
+		if _, err := encodeLastGood(list); err != nil {
+			t.Errorf("what was read cannot be written: %v", err)
+		}
+	})
+}
