@@ -293,8 +293,13 @@ func (b *Breaker) unlockAndReport() {
 	}
 }
 
-// ParseFailures reads the words of failureOn that a data path for HTTP/1.1 and
-// TCP can see.
+// grpcStatuses are the status names that failureOn may hold (gRPC's
+// codes.Code). HTTP/1.1 and TCP carry no gRPC status, so here they are valid and
+// never met.
+const grpcStatuses = " cancelled unknown invalid-argument deadline-exceeded not-found already-exists permission-denied resource-exhausted" +
+	" failed-precondition aborted out-of-range unimplemented internal unavailable data-loss unauthenticated "
+
+// ParseFailures reads the words of failureOn.
 func ParseFailures(words []string) (Failures, error) {
 	var f Failures
 	for _, w := range words {
@@ -310,7 +315,9 @@ func ParseFailures(words []string) (Failures, error) {
 		case "timeout":
 			f |= FailTimeout
 		default:
-			return 0, fmt.Errorf("failureOn %q is not one of 5xx, gateway-error, connect-failure, reset, timeout", w)
+			if w == "" || !strings.Contains(grpcStatuses, " "+strings.ToLower(w)+" ") {
+				return 0, fmt.Errorf("failureOn %q is not one of 5xx, gateway-error, connect-failure, reset, timeout, nor a gRPC status such as unavailable", w)
+			}
 		}
 	}
 	return f, nil

@@ -188,6 +188,9 @@ func duration(t *testing.T, s string) time.Duration {
 }
 
 func TestParseFailuresNamesTheWord(t *testing.T) {
+	if f, err := breaker.ParseFailures([]string{"unavailable", "reset"}); err != nil || f != breaker.FailReset {
+		t.Errorf("a gRPC status: %v, %v", f, err)
+	}
 	if _, err := breaker.ParseFailures([]string{"5xx", "sometimes"}); err == nil || !strings.Contains(err.Error(), `"sometimes"`) {
 		t.Fatalf("err = %v", err)
 	}

@@ -232,7 +232,7 @@ func FuzzParseResponse(f *testing.F) {
 				continue
 			}
 			rest := bufio.NewReader(bytes.NewReader(b))
-			r, err := http.ReadResponse(rest, &http.Request{Method: method}) //nolint:bodyclose // read to its end from memory
+			r, err := http.ReadResponse(rest, &http.Request{Method: method})
 			if err != nil {
 				t.Fatalf("%q: accepted, but to net/http: %v", b, err)
 			}

@@ -147,7 +147,6 @@ type Cluster struct {
 
 	outliersMu sync.Mutex
 	outliers   *outlier.Detector
-	policy     outlier.Policy
 	onEject    func(string, outlier.Event)
 }
 
@@ -202,15 +201,16 @@ func (c *Cluster) apply(want *table.Cluster, cs *Clusters) {
 	switch {
 	case want.Outlier == nil:
 		c.outliers = nil
-		for _, e := range next {
-			e.ejected.Store(false)
-		}
-	case c.outliers == nil || c.policy != *want.Outlier:
-		c.policy = *want.Outlier
-		c.outliers = outlier.New(c.policy)
+	case c.outliers == nil:
+		c.outliers = outlier.New(*want.Outlier)
+	default:
+		c.outliers.SetPolicy(*want.Outlier)
 	}
 	if c.outliers != nil {
 		c.outliers.SetEndpoints(addresses)
+	}
+	for _, e := range next {
+		e.ejected.Store(c.outliers != nil && c.outliers.Ejected(e.Address))
 	}
 	c.outliersMu.Unlock()
 	c.applied.Store(want)

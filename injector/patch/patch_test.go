@@ -1,0 +1,302 @@
+package patch
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/tools/txtar"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/yaml"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// scenario is the file "settings" of a golden file.
+type scenario struct {
+	Plain     bool              `json:"plain"` // no native sidecars
+	Namespace string            `json:"namespace"`
+	Labels    map[string]string `json:"labels"` // of the namespace
+}
+
+func settings(native bool) Settings {
+	return Settings{
+		Image: "outrigger/sidecar:1.0", ControlPlane: "outrigger-control-plane.outrigger-system:15012",
+		NativeSidecar: native, CPU: "10m", Memory: "32Mi", MemoryLimit: "256Mi",
+	}
+}
+
+// Each file holds a sentence, the settings, a manifest, and what injection makes
+// of it. Whatever the manifest: a second injection changes no byte, and the JSON
+// patch of a pod, applied, gives the patched pod.
+func TestGolden(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) < 10 {
+		t.Fatal("golden files are missing", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(bytes.TrimSpace(ar.Comment)) == 0 {
+				t.Error("the file has no sentence at its top")
+			}
+			in := map[string][]byte{}
+			for _, f := range ar.Files {
+				in[f.Name] = f.Data
+			}
+			var sc scenario
+			if err := yaml.UnmarshalStrict(in["settings"], &sc); err != nil {
+				t.Fatal(err)
+			}
+			ns, s := Namespace{sc.Namespace, sc.Labels}, settings(!sc.Plain)
+			out, decisions, err := YAML(in["in.yaml"], ns, s)
+			got := map[string]string{"decisions": describe(decisions), "out.yaml": string(out)}
+			if err != nil {
+				got["out.yaml"] = "error: " + err.Error() + "\n"
+			} else if again, _, err := YAML(out, ns, s); err != nil || !bytes.Equal(again, out) {
+				t.Errorf("a second injection: %v\n%s", err, cmp.Diff(string(out), string(again)))
+			}
+			checkPods(t, in["in.yaml"], ns, s)
+			if *update {
+				for i, f := range ar.Files {
+					if g, ok := got[f.Name]; ok {
+						ar.Files[i].Data = []byte(g)
+					}
+				}
+				if err := os.WriteFile(file, txtar.Format(ar), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			for name, g := range got {
+				if diff := cmp.Diff(string(in[name]), g); diff != "" {
+					t.Errorf("%s: -want +got:\n%s", name, diff)
+				}
+			}
+		})
+	}
+}
+
+func describe(decisions []Decision) string {
+	var b strings.Builder
+	for _, d := range decisions {
+		verdict := "not injected"
+		switch {
+		case d.Err != nil:
+			verdict = "refused"
+		case d.Injected:
+			verdict = "injected"
+		}
+		fmt.Fprintf(&b, "%s: %s: %s\n", d.Object, verdict, d.Reason)
+		for _, w := range d.Warnings {
+			fmt.Fprintf(&b, "  warning: %s\n", w)
+		}
+	}
+	return b.String()
+}
+
+func checkPods(t *testing.T, manifest []byte, ns Namespace, s Settings) {
+	t.Helper()
+	for _, doc := range documents(manifest) {
+		pod := &corev1.Pod{}
+		if err := yaml.Unmarshal(doc.body, pod); err != nil || pod.Kind != "Pod" {
+			continue
+		}
+		before := pod.DeepCopy()
+		patched, d := Pod(pod, ns, s)
+		if !reflect.DeepEqual(pod, before) {
+			t.Error("Pod changed its argument")
+		}
+		if d.Err != nil && !reflect.DeepEqual(patched, pod) {
+			t.Error("a refused pod was changed")
+		}
+		ops, err := Diff(pod, patched)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, b := encode(t, pod), encode(t, patched)
+		original, err := decodeJSON(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		applied, err := apply(original, ops)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, ops)
+		}
+		want, err := decodeJSON(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, applied); diff != "" {
+			t.Errorf("the patch does not make the pod: -want +got:\n%s", diff)
+		}
+		again, _ := Pod(patched, ns, s)
+		if !bytes.Equal(encode(t, again), b) {
+			t.Error("a second injection changes the pod")
+		}
+	}
+}
+
+func encode(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestBadAnnotations(t *testing.T) {
+	f := func(key, value, want string) {
+		t.Helper()
+		pod := &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: "p", Annotations: map[string]string{key: value}},
+			Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}},
+		}
+		patched, d := Pod(pod, Namespace{"shop", map[string]string{LabelInjection: "enabled"}}, settings(true))
+		if d.Err == nil || d.Injected || !strings.Contains(d.Err.Error(), want) || !strings.Contains(d.Err.Error(), key) {
+			t.Errorf("%s=%q: %+v, want %q", key, value, d, want)
+		}
+		if !reflect.DeepEqual(patched, pod) {
+			t.Errorf("%s=%q: the pod was changed", key, value)
+		}
+	}
+	f(AnnotationProxy, "envoy", "not supported by the injector yet")
+	f(AnnotationProxy, "nginx", "write outrigger or remove it")
+	f(AnnotationCPU, "many", "is not a positive quantity")
+	f(AnnotationMemory, "-1", "is not a positive quantity")
+	f(AnnotationMemory, "1Gi", "is over the limit 256Mi")
+	f(AnnotationLogLevel, "loud", "write debug, info, warn or error")
+	f(AnnotationUpstreams, "payments.shop=127.0.0.1:4001", "has no port")
+	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:0", "write a port")
+	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:15020", "the sidecar's own metrics port")
+	f(AnnotationUpstreams, "a.b:80=127.0.0.1:4001,c.d:80=127.0.0.1:4001", "both listen on 127.0.0.1:4001")
+	f(AnnotationInbound, "udp:127.0.0.1:1=127.0.0.1:2", "the address to listen on")
+	f(AnnotationInbound, "0.0.0.0:15021=127.0.0.1:8080", "the sidecar's own health port")
+	f(AnnotationExclude, "http", `"http" is not a port`)
+}
+
+func TestWorkload(t *testing.T) {
+	yes := true
+	f := func(want, name, generate, kind, owner string, labels map[string]string) {
+		t.Helper()
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, GenerateName: generate, Labels: labels}}
+		if kind != "" {
+			pod.OwnerReferences = []metav1.OwnerReference{{Kind: "Other", Name: "other"}, {Kind: kind, Name: owner, Controller: &yes}}
+		}
+		if got := workload(pod); got != want {
+			t.Errorf("workload of %q %q owned by %s %q = %q, want %q", name, generate, kind, owner, got, want)
+		}
+	}
+	f("web", "", "web-7d9f8-", "ReplicaSet", "web-7d9f8", map[string]string{"pod-template-hash": "7d9f8"})
+	f("web-7d9f8", "", "web-7d9f8-", "ReplicaSet", "web-7d9f8", nil)
+	f("db", "db-0", "", "StatefulSet", "db", nil)
+	f("nightly", "", "nightly-29380920-", "Job", "nightly-29380920", nil)
+	f("import-2026", "", "", "Job", "import-2026", nil)
+	f("single", "single", "", "", "", nil)
+	f("gen", "", "gen-", "", "", nil)
+	f("pod", "", "", "", "", nil)
+}
+
+func TestSettings(t *testing.T) {
+	if err := settings(true).Validate(); err != nil {
+		t.Error(err)
+	}
+	f := func(want string, change func(*Settings)) {
+		t.Helper()
+		s := settings(true)
+		change(&s)
+		if err := s.Validate(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+	f(`image ""`, func(s *Settings) { s.Image = "" })
+	f(`pull policy "Sometimes"`, func(s *Settings) { s.PullPolicy = "Sometimes" })
+	f(`control plane "here"`, func(s *Settings) { s.ControlPlane = "here" })
+	f(`trust domain "a/b"`, func(s *Settings) { s.TrustDomain = "a/b" })
+	f(`log level "x"`, func(s *Settings) { s.LogLevel = "x" })
+	f(`="much" is not a positive quantity`, func(s *Settings) { s.CPU = "much" })
+}
+
+func TestJSONPatch(t *testing.T) {
+	f := func(a, b, want string) {
+		t.Helper()
+		got, err := JSONPatch([]byte(a), []byte(b))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(got) != want {
+			t.Errorf("%s -> %s:\ngot  %s\nwant %s", a, b, got, want)
+		}
+	}
+	f(`{"a":1}`, `{"a":1}`, `[]`)
+	f(`{"a":1}`, `{"a":2}`, `[{"op":"add","path":"/a","value":2}]`)
+	f(`{"a":1}`, `{"a":null}`, `[{"op":"add","path":"/a","value":null}]`)
+	f(`{"a":1,"c":3}`, `{"b":2,"c":3}`, `[{"op":"remove","path":"/a"},{"op":"add","path":"/b","value":2}]`)
+	f(`{}`, `{"a/b":{"c~d":1}}`, `[{"op":"add","path":"/a~1b","value":{"c~d":1}}]`)
+	f(`{"a/b":{"c~d":0}}`, `{"a/b":{"c~d":1}}`, `[{"op":"add","path":"/a~1b/c~0d","value":1}]`)
+	f(`[1,2,3]`, `[0,1,2,3]`, `[{"op":"add","path":"/0","value":0}]`)
+	f(`[1,2,3]`, `[1,3]`, `[{"op":"remove","path":"/1"}]`)
+	f(`[1,2]`, `[1,2,3]`, `[{"op":"add","path":"/2","value":3}]`)
+	f(`[1,2]`, `[2,1]`, `[{"op":"remove","path":"/0"},{"op":"add","path":"/1","value":1}]`)
+	f(`[{"name":"x","v":1},{"name":"y"}]`, `[{"name":"n"},{"name":"x","v":2},{"name":"y"}]`,
+		`[{"op":"remove","path":"/0"},{"op":"add","path":"/0","value":{"name":"n"}},{"op":"add","path":"/1","value":{"name":"x","v":2}}]`)
+	f(`[{"name":"x","v":1}]`, `[{"name":"x","v":2}]`, `[{"op":"add","path":"/0/v","value":2}]`)
+	f(`{"n":9007199254740993}`, `{"n":9007199254740993,"m":1}`, `[{"op":"add","path":"/m","value":1}]`)
+}
+
+// Of any two JSON values the patch makes the second of the first.
+func FuzzJSONPatch(f *testing.F) {
+	f.Add(`{"a":[1,2,{"name":"x"}]}`, `{"a":[2,{"name":"x","y":1}],"b":null}`)
+	f.Add(`[1,1,2,1]`, `[1,2,1,1,3]`)
+	f.Add(`{"a":{"b":{}}}`, `{"a":[]}`)
+	f.Fuzz(func(t *testing.T, a, b string) {
+		ops, err := JSONPatch([]byte(a), []byte(b))
+		if err != nil {
+			return
+		}
+		original, err := decodeJSON([]byte(a))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := decodeJSON([]byte(b))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := apply(original, ops)
+		if err != nil {
+			t.Fatalf("%s -> %s: %v\n%s", a, b, err, ops)
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Fatalf("%s -> %s: %v\n%s", a, b, got, ops)
+		}
+	})
+}
+
+// Splitting and joining a stream loses no byte.
+func FuzzDocuments(f *testing.F) {
+	f.Add("a: 1\n---\nb: |\n  ---\n--- # two\nc\n---x\n")
+	f.Add("---")
+	f.Add("\n---\n---\n")
+	f.Fuzz(func(t *testing.T, in string) {
+		var b strings.Builder
+		for _, d := range documents([]byte(in)) {
+			b.Write(d.separator)
+			b.Write(d.body)
+		}
+		if b.String() != in {
+			t.Fatalf("%q became %q", in, b.String())
+		}
+	})
+}
