@@ -1,0 +1,301 @@
+// Package ledger is the accounting of log bytes, so that the collector can
+// prove that no line went missing:
+//
+//	written = acknowledged + dropped (by cause) + pending
+//
+// for each file generation at one output. Written is what stat says, and the
+// other side is built from the byte ranges of the records, so neither can be
+// made to agree with the other by mistake. The ledger also knows where to go on
+// after a restart: a Position that covers exactly what has been settled, which
+// is never more than the backend acknowledged or a stated cause took.
+//
+// It does no I/O and knows neither files nor backends. Package pipeline keeps
+// one Ledger for each output, guards it, and stores what Encode returns.
+package ledger
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// Span is the half-open byte range [Start, End) of a file generation.
+type Span struct {
+	Start int64 `json:"start"`
+	End   int64 `json:"end"`
+}
+
+// Cause says what became of bytes. Acknowledged is the zero value; all others
+// are reasons for a drop.
+type Cause uint8
+
+// The causes.
+const (
+	Acknowledged Cause = iota
+	Rejected           // the backend refused the record for good; it is in the dead letters
+	TooLong            // the end of a line over record.MaxBody
+	RotatedAway        // deleted before it could be read
+	Truncated          // overwritten in place before it could be read
+	causes
+)
+
+// Drops are the causes of a drop, for whoever lists them.
+func Drops() []Cause { return []Cause{Rejected, TooLong, RotatedAway, Truncated} }
+
+// String is the name in metrics, in the audit and in the checkpoint.
+func (c Cause) String() string {
+	switch c {
+	case Acknowledged:
+		return "acknowledged"
+	case Rejected:
+		return "rejected"
+	case TooLong:
+		return "too_long"
+	case RotatedAway:
+		return "rotated_away"
+	case Truncated:
+		return "truncated"
+	default:
+		return fmt.Sprintf("cause %d", uint8(c))
+	}
+}
+
+// Totals are one side and the other of the account, in bytes.
+type Totals struct {
+	Written      int64            `json:"written"`
+	Acknowledged int64            `json:"acknowledged"`
+	Dropped      map[string]int64 `json:"dropped,omitempty"`
+	Pending      int64            `json:"pending"`
+}
+
+// Statement is the account of one file generation.
+type Statement struct {
+	File string `json:"file"`
+	Path string `json:"path"`
+	Totals
+}
+
+// Position is where to go on: everything before Offset is settled, and so are
+// the spans above it, which are sorted, disjoint and not adjacent. A record is
+// settled whole, so a position never falls into one.
+type Position struct {
+	Offset int64
+	Above  []Span
+}
+
+type account struct {
+	path    string
+	written int64
+	settled [causes]int64
+	offset  int64
+	above   []Span
+	gone    bool
+}
+
+func (a *account) taken() (n int64) {
+	for _, v := range a.settled {
+		n += v
+	}
+	return n
+}
+
+func (a *account) pending() int64 { return a.written - a.taken() }
+
+// Ledger is the book of one output. It is not safe for concurrent use. The zero
+// value is not ready; use New or Decode.
+type Ledger struct {
+	files map[string]*account
+	// past holds the closed accounts of generations that are gone and settled,
+	// so that totals do not shrink when files are deleted.
+	past account
+}
+
+// New returns an empty ledger.
+func New() *Ledger { return &Ledger{files: map[string]*account{}} }
+
+// Open makes sure that the generation has an account, and returns where to go
+// on in it. The path is for people and may change; the file is the identity.
+func (l *Ledger) Open(file, path string) Position {
+	a := l.files[file]
+	if a == nil {
+		a = &account{}
+		l.files[file] = a
+	}
+	a.path, a.gone = path, false
+	return Position{Offset: a.offset, Above: slices.Clone(a.above)}
+}
+
+// Written notes the size of the generation by stat. It never shrinks: what was
+// once seen has to be accounted for.
+func (l *Ledger) Written(file string, size int64) {
+	if a := l.files[file]; a != nil && size > a.written {
+		a.written = size
+	}
+}
+
+// Settle notes what became of the bytes of s and returns how many of them were
+// not settled before; only those are counted, so saying it twice is harmless.
+// Bytes of an unknown generation are not counted.
+func (l *Ledger) Settle(file string, s Span, c Cause) int64 { return l.settle(file, s, c, 0) }
+
+// Acknowledge settles s as acknowledged but for cut bytes of it, which were
+// left off the record because it was too long.
+func (l *Ledger) Acknowledge(file string, s Span, cut int64) int64 {
+	return l.settle(file, s, Acknowledged, cut)
+}
+
+func (l *Ledger) settle(file string, s Span, c Cause, cut int64) int64 {
+	a := l.files[file]
+	if a == nil || c >= causes {
+		return 0
+	}
+	n := a.settle(s)
+	cut = min(cut, n)
+	a.settled[c] += n - cut
+	a.settled[TooLong] += cut
+	// Bytes that a record was made of were written, whatever stat said last.
+	a.written = max(a.written, a.taken(), s.End)
+	l.retire(file, a)
+	return n
+}
+
+// settle adds s to the settled set and returns the bytes that are new in it.
+func (a *account) settle(s Span) (added int64) {
+	s.Start = max(s.Start, a.offset)
+	if s.End <= s.Start {
+		return 0
+	}
+	// All spans that overlap or touch s become one with it.
+	i, _ := slices.BinarySearchFunc(a.above, s.Start, func(x Span, at int64) int { return cmp.Compare(x.End, at) })
+	j := i
+	added = s.End - s.Start
+	for ; j < len(a.above) && a.above[j].Start <= s.End; j++ {
+		x := a.above[j]
+		added -= max(0, min(s.End, x.End)-max(s.Start, x.Start))
+	}
+	if j > i {
+		s.Start = min(s.Start, a.above[i].Start)
+		s.End = max(s.End, a.above[j-1].End)
+	}
+	a.above = slices.Replace(a.above, i, j, s)
+	if a.above[0].Start == a.offset {
+		a.offset = a.above[0].End
+		a.above = slices.Delete(a.above, 0, 1)
+	}
+	return added
+}
+
+// GiveUp settles with the cause all bytes from the offset on that are written
+// and not settled, and returns how many: nobody can read them any more. Bytes
+// below it have been read and are still to be settled.
+func (l *Ledger) GiveUp(file string, from int64, c Cause) int64 {
+	a := l.files[file]
+	if a == nil || a.written <= from {
+		return 0
+	}
+	return l.Settle(file, Span{from, a.written}, c)
+}
+
+// Gone notes that the generation will not be read any more. Its account is
+// closed when the last of its bytes is settled.
+func (l *Ledger) Gone(file string) {
+	if a := l.files[file]; a != nil {
+		a.gone = true
+		l.retire(file, a)
+	}
+}
+
+func (l *Ledger) retire(file string, a *account) {
+	if !a.gone || a.pending() != 0 {
+		return
+	}
+	l.past.written += a.written
+	for c, n := range a.settled {
+		l.past.settled[c] += n
+	}
+	delete(l.files, file)
+}
+
+// Absent gives up every generation that keep does not know: it was deleted
+// while nobody looked. It returns the statements of those that had bytes
+// pending, as they stood before.
+func (l *Ledger) Absent(keep func(file string) bool) []Statement {
+	var lost []Statement
+	for _, file := range slices.Sorted(maps.Keys(l.files)) {
+		if keep(file) {
+			continue
+		}
+		a := l.files[file]
+		if a.pending() > 0 {
+			lost = append(lost, a.statement(file))
+			l.GiveUp(file, a.offset, RotatedAway)
+		}
+		l.Gone(file)
+	}
+	return lost
+}
+
+// Files returns the statements of all open accounts by path and file.
+func (l *Ledger) Files() []Statement {
+	out := make([]Statement, 0, len(l.files))
+	for file, a := range l.files {
+		out = append(out, a.statement(file))
+	}
+	slices.SortFunc(out, func(a, b Statement) int {
+		return cmp.Or(cmp.Compare(a.Path, b.Path), cmp.Compare(a.File, b.File))
+	})
+	return out
+}
+
+// Total is the sum of all accounts, closed ones included.
+func (l *Ledger) Total() Totals {
+	sum := l.past
+	for _, a := range l.files {
+		sum.written += a.written
+		for c, n := range a.settled {
+			sum.settled[c] += n
+		}
+	}
+	return sum.totals()
+}
+
+// Past is the sum of the closed accounts.
+func (l *Ledger) Past() Totals { return l.past.totals() }
+
+// Check returns an error that names the first account whose settled bytes are
+// not the bytes of its position, or more than were written: a broken invariant.
+func (l *Ledger) Check() error {
+	for file, a := range l.files {
+		covered := a.offset
+		last := a.offset
+		for _, s := range a.above {
+			if s.Start <= last || s.End <= s.Start {
+				return fmt.Errorf("account of %s (%s): span %v does not lie above %d", file, a.path, s, last)
+			}
+			covered += s.End - s.Start
+			last = s.End
+		}
+		if covered != a.taken() || a.taken() > a.written {
+			return fmt.Errorf("account of %s (%s): position covers %d bytes, settled are %d, written %d", file, a.path, covered, a.taken(), a.written)
+		}
+	}
+	return nil
+}
+
+func (a *account) statement(file string) Statement {
+	return Statement{File: file, Path: a.path, Totals: a.totals()}
+}
+
+func (a *account) totals() Totals {
+	t := Totals{Written: a.written, Acknowledged: a.settled[Acknowledged], Pending: a.pending()}
+	for _, c := range Drops() {
+		if n := a.settled[c]; n > 0 {
+			if t.Dropped == nil {
+				t.Dropped = map[string]int64{}
+			}
+			t.Dropped[c.String()] = n
+		}
+	}
+	return t
+}

@@ -1,0 +1,421 @@
+// Package pipeline carries log records from the files to one output, and
+// accounts for every one of them.
+//
+//	files -> follower -> parse -> batch -> output -> ledger -> checkpoint
+//
+// Each output has a Pipeline of its own, with its own cursor over the files, so
+// a dead output delays no other. A Pipeline reads only as much as its output
+// has credit for. It owns what an output must not: retries, backoff, the circuit
+// breaker, dead letters, and the rule that the checkpoint moves only when the
+// backend has acknowledged a record or a stated cause has taken it.
+//
+// It does not know backends (package output) nor how files are followed
+// (package tail). The collector's main makes the Pipelines and runs them.
+package pipeline
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/internal/parse"
+	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
+)
+
+// Config of a Pipeline. Zero values mean the defaults.
+type Config struct {
+	Name          string // of the output, as the user calls it
+	Folder        string // logs, as /var/log/pods
+	DataDir       string // checkpoints and dead letters
+	Cluster, Node string
+
+	MaxRecords int           // in a batch; default 1000
+	MaxBytes   int           // of bodies in a batch; default 1 MiB
+	Linger     time.Duration // that a batch waits to be full; default 200 ms
+
+	InFlight      int   // records read and not settled; default 4096
+	InFlightBytes int64 // of their bodies; default 16 MiB
+
+	CheckpointEvery time.Duration // default 1 s
+	WriteTimeout    time.Duration // of one attempt; default 60 s
+	StopTimeout     time.Duration // for the attempt that is under way at stop; default 10 s
+	MinBackoff      time.Duration // default 100 ms
+	MaxBackoff      time.Duration // default 30 s
+	BreakerFailures uint32        // in a row that open the breaker; default 5
+	BreakerOpen     time.Duration // until it lets one attempt through; default 10 s
+	MaxDeadLetters  int64         // bytes of the file; default 64 MiB
+
+	Grace     time.Duration // see tail.Config
+	Sweep     time.Duration // default 500 ms
+	FullSweep time.Duration // of everything, where hints are to be had; default 5 s
+	// NoHints is for tests whose clock is a fake one: a goroutine that waits
+	// for the kernel would stop it.
+	NoHints bool
+}
+
+func (c Config) withDefaults() Config {
+	def(&c.MaxRecords, 1000)
+	def(&c.MaxBytes, 1<<20)
+	def(&c.Linger, 200*time.Millisecond)
+	def(&c.InFlight, 4096)
+	def(&c.InFlightBytes, 16<<20)
+	def(&c.CheckpointEvery, time.Second)
+	def(&c.WriteTimeout, time.Minute)
+	def(&c.StopTimeout, 10*time.Second)
+	def(&c.MinBackoff, 100*time.Millisecond)
+	def(&c.MaxBackoff, 30*time.Second)
+	def(&c.BreakerFailures, 5)
+	def(&c.BreakerOpen, 10*time.Second)
+	def(&c.MaxDeadLetters, 64<<20)
+	def(&c.Sweep, 500*time.Millisecond)
+	def(&c.FullSweep, 5*time.Second)
+	return c
+}
+
+func def[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// Pipeline carries records to one output. Run may be called once; Audit from
+// any goroutine, before, during and after it.
+type Pipeline struct {
+	cfg     Config
+	out     output.Output
+	log     *slog.Logger
+	metrics *Metrics
+	tailM   *tail.Metrics
+
+	book  *book
+	dead  *deadLetters
+	queue chan tail.Entry
+	freed chan struct{} // credit came back
+
+	records atomic.Int64 // in flight
+	bytes   atomic.Int64
+
+	breaker *breaker
+	// saveFailed is when the last failure to save was told. Only the saver uses it.
+	saveFailed time.Time
+}
+
+// New opens the checkpoint and the dead letters. It fails where they could not
+// be written later; a damaged checkpoint is set aside and told, and the files
+// are read from their beginning.
+func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.Metrics) (*Pipeline, error) {
+	cfg = cfg.withDefaults()
+	log = log.With("outrigger.output", cfg.Name)
+	if err := os.MkdirAll(cfg.DataDir, 0o750); err != nil {
+		return nil, fmt.Errorf("dataDir %s cannot be made: %w; name a folder that this user may write to", cfg.DataDir, err)
+	}
+	p := &Pipeline{
+		cfg: cfg, out: out, log: log, metrics: m, tailM: tm,
+		// A file's end may give some lines more than there was credit for.
+		queue: make(chan tail.Entry, cfg.InFlight+64),
+		freed: make(chan struct{}, 1),
+	}
+	l, err := p.load()
+	if err != nil {
+		return nil, err
+	}
+	p.book = &book{l: l, metrics: m, output: cfg.Name, dirty: true}
+	// The first save tells of a folder that cannot be written to before anything
+	// is read.
+	if err := p.save(); err != nil {
+		return nil, err
+	}
+	p.dead = &deadLetters{path: filepath.Join(cfg.DataDir, cfg.Name+".dead-letters.ndjson"), max: cfg.MaxDeadLetters}
+	p.breaker = newBreaker(cfg, log, m)
+	m.init(cfg.Name)
+	return p, nil
+}
+
+// Run carries records until ctx ends. It then lets the attempt that is under
+// way end, so that what the backend took is known, saves the checkpoint and
+// returns the error of that, if any. It does not close the output.
+func (p *Pipeline) Run(ctx context.Context) error {
+	var hints *tail.Hints
+	if !p.cfg.NoHints {
+		h, err := tail.NewHints(p.log)
+		if err != nil {
+			p.log.Warn("no hints from the kernel; sweeping every folder instead, which costs more", "error.message", err.Error())
+		} else {
+			hints = h
+		}
+	}
+	f := tail.New(tail.Config{Folder: p.cfg.Folder, Cluster: p.cfg.Cluster, Node: p.cfg.Node, Grace: p.cfg.Grace}, p.book, p.log, p.tailM)
+
+	var work sync.WaitGroup
+	work.Go(func() { p.read(ctx, f, hints) })
+	work.Go(func() { p.ship(ctx) })
+	stopped := make(chan struct{})
+	var saver sync.WaitGroup
+	saver.Go(func() { p.keepSaving(stopped) })
+	work.Wait()
+	close(stopped)
+	saver.Wait()
+
+	errs := []error{p.save(), f.Close(), p.dead.close()}
+	if hints != nil {
+		errs = append(errs, hints.Close())
+	}
+	p.measure()
+	return errors.Join(errs...)
+}
+
+// read drives the follower.
+func (p *Pipeline) read(ctx context.Context, f *tail.Follower, hints *tail.Hints) {
+	var signal chan struct{}
+	var watch func(string)
+	if hints != nil {
+		signal, watch = hints.C, hints.Watch
+	}
+	ticker := time.NewTicker(p.cfg.Sweep)
+	defer ticker.Stop()
+	lastFull, lost := time.Now(), false
+	f.Sweep(true, nil, watch)
+	for ctx.Err() == nil {
+		more := true
+		for more && p.credit() && ctx.Err() == nil {
+			more = f.Read(p.take)
+		}
+		var freed chan struct{}
+		if more {
+			freed = p.freed
+		}
+		var full bool
+		var changed []string
+		select {
+		case <-ctx.Done():
+			return
+		case <-freed:
+			continue
+		case <-ticker.C:
+			full = hints == nil || time.Since(lastFull) >= p.cfg.FullSweep
+		case <-signal:
+			// Writes come by the thousand; one look serves them all.
+			pause(ctx, 20*time.Millisecond)
+		}
+		if hints != nil {
+			written, folders, more := hints.Take()
+			lost = lost || more
+			for _, path := range written {
+				f.Touch(path)
+			}
+			changed = folders
+			full = full || lost && time.Since(lastFull) >= p.cfg.Sweep || p.above(folders)
+		}
+		if full {
+			lastFull, lost = time.Now(), false
+		}
+		f.Sweep(full, changed, watch)
+	}
+}
+
+// above reports whether one of the folders is not a container's: a pod or a
+// container came or went.
+func (p *Pipeline) above(folders []string) bool {
+	for _, folder := range folders {
+		rel, err := filepath.Rel(p.cfg.Folder, folder)
+		if err != nil || filepath.Dir(rel) == "." {
+			return true
+		}
+	}
+	return false
+}
+
+// credit reports whether reading is worth while. A quarter of the credit has to
+// be free, or every record that comes back would cost a read of its own.
+func (p *Pipeline) credit() bool {
+	return p.records.Load() <= int64(p.cfg.InFlight)*3/4 && p.bytes.Load() <= p.cfg.InFlightBytes*3/4
+}
+
+// take parses a record and puts it into the queue. It returns whether there is
+// credit for another.
+func (p *Pipeline) take(e tail.Entry) bool {
+	out := parse.Record(e.Record)
+	if out.Left > 0 {
+		p.metrics.fieldsLeft.Add(float64(out.Left))
+	}
+	records, bytes := p.records.Add(1), p.bytes.Add(cost(e))
+	// There is always room: the credit is smaller than the queue.
+	p.queue <- e
+	return records < int64(p.cfg.InFlight) && bytes < p.cfg.InFlightBytes
+}
+
+// cost of a record in memory, roughly: attributes were part of the line.
+func cost(e tail.Entry) int64 {
+	var n int64
+	for _, s := range e.Spans {
+		n += s.End - s.Start
+	}
+	return n
+}
+
+func (p *Pipeline) free(es ...tail.Entry) {
+	for _, e := range es {
+		p.records.Add(-1)
+		p.bytes.Add(-cost(e))
+	}
+	if p.credit() {
+		select {
+		case p.freed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Audit is the account of an output, in bytes of log files.
+type Audit struct {
+	Output string `json:"output"`
+	Kind   string `json:"kind"`
+	// Breaker is closed, half-open or open.
+	Breaker string        `json:"breaker"`
+	Total   ledger.Totals `json:"total"`
+	// Deleted is the part of Total in files that are gone and settled.
+	Deleted ledger.Totals      `json:"deleted"`
+	Files   []ledger.Statement `json:"files"`
+}
+
+// Audit returns the account as it stands.
+func (p *Pipeline) Audit() Audit {
+	p.book.mu.Lock()
+	defer p.book.mu.Unlock()
+	return Audit{
+		Output: p.cfg.Name, Kind: p.out.Kind(), Breaker: p.breaker.state(),
+		Total: p.book.l.Total(), Deleted: p.book.l.Past(), Files: p.book.l.Files(),
+	}
+}
+
+func (p *Pipeline) measure() {
+	a := p.Audit()
+	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(a.Total.Pending))
+	p.metrics.inFlight.WithLabelValues(p.cfg.Name).Set(float64(p.records.Load()))
+}
+
+// checkpointPath is also where a damaged one stood.
+func (p *Pipeline) checkpointPath() string {
+	return filepath.Join(p.cfg.DataDir, p.cfg.Name+".checkpoint")
+}
+
+func (p *Pipeline) load() (*ledger.Ledger, error) {
+	path := p.checkpointPath()
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return ledger.New(), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint: %w", err)
+	}
+	var l *ledger.Ledger
+	if info.Size() > ledger.MaxCheckpoint {
+		err = fmt.Errorf("%w: it has %d bytes", ledger.ErrDamaged, info.Size())
+	} else {
+		b, readErr := os.ReadFile(path)
+		if readErr != nil {
+			return nil, fmt.Errorf("checkpoint: %w", readErr)
+		}
+		l, err = ledger.Decode(b)
+	}
+	if err == nil {
+		return l, nil
+	}
+	aside := path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000")
+	if renameErr := os.Rename(path, aside); renameErr != nil {
+		return nil, fmt.Errorf("checkpoint %s is damaged and cannot be set aside: %w", path, renameErr)
+	}
+	p.metrics.damaged.Inc()
+	p.log.Error("the checkpoint is damaged; it was set aside and all files are read from their beginning, so lines may arrive twice",
+		"file.path", aside, "error.message", err.Error())
+	return ledger.New(), nil
+}
+
+// keepSaving saves the checkpoint while it changes. A disk that is full stops
+// neither reading nor shipping: what is shipped and not saved would only be
+// shipped twice after a crash.
+func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
+	ticker := time.NewTicker(p.cfg.CheckpointEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-stopped:
+			return
+		case <-ticker.C:
+		}
+		p.measure()
+		if err := p.save(); err != nil {
+			p.metrics.checkpointErrors.Inc()
+			if time.Since(p.saveFailed) >= time.Minute {
+				p.saveFailed = time.Now()
+				p.log.Error("cannot save the checkpoint; free space in the folder or move dataDir; until then a crash would send lines twice",
+					"file.path", p.cfg.DataDir, "error.message", err.Error())
+			}
+		}
+	}
+}
+
+// save writes the checkpoint if it changed, by way of a second file, so that
+// there is a whole one at every moment. The dead letters go first: the
+// checkpoint must not say that a record is in them before it is.
+func (p *Pipeline) save() error {
+	if p.dead != nil {
+		if err := p.dead.sync(); err != nil {
+			return err
+		}
+	}
+	b, err := p.book.snapshot()
+	if err != nil || b == nil {
+		return err
+	}
+	if err := replaceFile(p.checkpointPath(), b); err != nil {
+		p.book.touch()
+		return err
+	}
+	return nil
+}
+
+// replaceFile replaces a file so that after a crash either the old or the new
+// content is there.
+func replaceFile(path string, b []byte) (err error) {
+	temp := path + ".tmp"
+	f, err := os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// pause waits for d or the end of ctx.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
