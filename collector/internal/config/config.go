@@ -1,0 +1,314 @@
+// Package config is the collector's configuration file: its shape, its defaults
+// and what is refused.
+//
+//	admin: 127.0.0.1:15030            # /ready, /metrics, /api/v1/audit, /api/v1/logs; loopback only
+//	dataDir: /var/lib/outrigger       # checkpoints and dead letters
+//	cluster: eu-1                     # orchestrator.cluster.name; default none
+//	node: worker-3                    # host.name; default $NODE_NAME, or the host's name
+//	logs:
+//	  folder: /var/log/pods           # default
+//	  outputs: [local, es]            # names from outputs below; each gets every line
+//	  batch: {maxRecords: 1000, maxBytes: 1048576, linger: 200ms}
+//	  inFlight: 4096                  # records of one output read and not acknowledged
+//	metrics:
+//	  host: true                      # CPU, memory, disk, network of the node; default false
+//	  hostRoot: /                     # where the node's file system is mounted
+//	  scrape: [{job: sidecars, address: 127.0.0.1:15020, path: /metrics, interval: 15s}]
+//	  expose: 0.0.0.0:15031           # all metrics for Prometheus to pull; default none
+//	  outputs: [ix]
+//	outputs:                          # name -> exactly one kind
+//	  local: {store: {folder: /var/lib/outrigger/logs, retention: 168h}}
+//	  es: {elasticsearch: {addresses: [https://es:9200], apiKeyFile: /etc/outrigger/es-key}}
+//	  fl: {fluentd: {address: fluentd:24224}}
+//	  ix: {influxdb: {url: http://influxdb:8086, org: o, bucket: b}}
+//
+// The file is one YAML document of at most 1 MiB. A key that does not exist is
+// refused with its line, because a misspelt limit is a limit that is not there.
+// What belongs to one output is defined and checked by that output's package.
+// The package reads no other file and no environment; main does.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v2"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
+	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
+	"github.com/outrigger-mesh/outrigger/collector/internal/store"
+)
+
+// Defaults and limits.
+const (
+	MaxSize        = 1 << 20 // bytes of the file
+	MaxOutputs     = 16
+	DefaultAdmin   = "127.0.0.1:15030"
+	DefaultDataDir = "/var/lib/outrigger"
+	DefaultFolder  = "/var/log/pods"
+	maxInFlight    = 1 << 20
+	maxBatch       = 100_000
+	maxBatchBytes  = 64 << 20
+	maxLinger      = time.Minute
+)
+
+// Config is the whole file.
+type Config struct {
+	Admin   string            `yaml:"admin"`
+	DataDir string            `yaml:"dataDir"`
+	Cluster string            `yaml:"cluster"`
+	Node    string            `yaml:"node"`
+	Logs    *Logs             `yaml:"logs"`
+	Metrics *Metrics          `yaml:"metrics"`
+	Outputs map[string]Output `yaml:"outputs"`
+}
+
+// Logs says which logs are read and where they go.
+type Logs struct {
+	Folder   string   `yaml:"folder"`
+	Outputs  []string `yaml:"outputs"`
+	Batch    Batch    `yaml:"batch"`
+	InFlight int      `yaml:"inFlight"`
+}
+
+// Batch bounds what an output gets at once. Zero is the default.
+type Batch struct {
+	MaxRecords int           `yaml:"maxRecords"`
+	MaxBytes   int           `yaml:"maxBytes"`
+	Linger     time.Duration `yaml:"linger"`
+}
+
+// Metrics says which metrics are read and where they go.
+type Metrics struct {
+	Host     bool            `yaml:"host"`
+	HostRoot string          `yaml:"hostRoot"`
+	Scrape   []scrape.Target `yaml:"scrape"`
+	Expose   string          `yaml:"expose"`
+	Outputs  []string        `yaml:"outputs"`
+}
+
+// Output is one backend: exactly one field is set.
+type Output struct {
+	Store         *store.Config         `yaml:"store"`
+	Elasticsearch *elasticsearch.Config `yaml:"elasticsearch"`
+	Fluentd       *fluentd.Config       `yaml:"fluentd"`
+	InfluxDB      *influxdb.Config      `yaml:"influxdb"`
+}
+
+// Parse reads and checks a configuration. The error has one line for each thing
+// that is wrong, with its field, value and remedy.
+func Parse(b []byte) (*Config, error) {
+	if len(b) > MaxSize {
+		return nil, fmt.Errorf("the file has %d bytes; at most %d are read", len(b), MaxSize)
+	}
+	var c Config
+	if err := yaml.UnmarshalStrict(b, &c); err != nil {
+		return nil, explain(err)
+	}
+	c.setDefaults()
+	if err := c.validate(); err != nil {
+		return nil, err
+	}
+	return &c, nil
+}
+
+func (c *Config) setDefaults() {
+	def(&c.Admin, DefaultAdmin)
+	def(&c.DataDir, DefaultDataDir)
+	if c.Logs != nil {
+		def(&c.Logs.Folder, DefaultFolder)
+	}
+	if c.Metrics != nil {
+		def(&c.Metrics.HostRoot, "/")
+	}
+}
+
+func def(field *string, value string) {
+	if *field == "" {
+		*field = value
+	}
+}
+
+// The decoder's words that speak of Go.
+var (
+	unknown = regexp.MustCompile(`^(line \d+: )field (.+) not found in type (\S+)$`)
+	twice   = regexp.MustCompile(`^(line \d+: )(?:field|key) (.+) already set in (?:type \S+|map)$`)
+)
+
+// explain turns the decoder's words for a Go type into the names of the file.
+func explain(err error) error {
+	var te *yaml.TypeError
+	if !errors.As(err, &te) {
+		return err
+	}
+	var errs []error
+	for _, s := range te.Errors {
+		if m := unknown.FindStringSubmatch(s); m != nil {
+			s = fmt.Sprintf("%sunknown key %q; known here are %s", m[1], m[2], strings.Join(keys(reflect.TypeFor[Config](), m[3]), ", "))
+		}
+		if m := twice.FindStringSubmatch(s); m != nil {
+			s = fmt.Sprintf("%skey %s is there twice; remove one", m[1], m[2])
+		}
+		errs = append(errs, errors.New(s))
+	}
+	return errors.Join(errs...)
+}
+
+// keys returns the YAML names of the struct type of the given name within t.
+func keys(t reflect.Type, name string) []string {
+	switch t.Kind() {
+	case reflect.Pointer, reflect.Slice, reflect.Map:
+		return keys(t.Elem(), name)
+	case reflect.Struct:
+	default:
+		return nil
+	}
+	var own []string
+	for f := range t.Fields() {
+		tag, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		if tag == "" {
+			continue
+		}
+		if t.String() != name {
+			if found := keys(f.Type, name); found != nil {
+				return found
+			}
+		}
+		own = append(own, tag)
+	}
+	if t.String() != name {
+		return nil
+	}
+	return own
+}
+
+var outputName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+func (c *Config) validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	address := func(field, value string) {
+		if _, _, err := net.SplitHostPort(value); err != nil {
+			bad("%s: %q is not host:port; write for example 127.0.0.1:15030", field, value)
+		}
+	}
+	address("admin", c.Admin)
+	if c.Logs == nil && c.Metrics == nil {
+		bad("neither logs nor metrics is there: the collector would do nothing; write at least one")
+	}
+	if len(c.Outputs) > MaxOutputs {
+		bad("outputs: there are %d; at most %d", len(c.Outputs), MaxOutputs)
+	}
+	stores := 0
+	for _, name := range slices.Sorted(maps.Keys(c.Outputs)) {
+		o := c.Outputs[name]
+		if !outputName.MatchString(name) {
+			bad("outputs: the name %q is used in file names; write lower-case letters, digits and '-'", name)
+		}
+		if o.Store != nil {
+			stores++
+		}
+		if err := o.validate(); err != nil {
+			bad("outputs.%s: %w", name, err)
+		}
+	}
+	if stores > 1 {
+		bad("outputs: %d of them are stores; there is one search, so leave one", stores)
+	}
+	use := func(field string, names []string, takes func(Output) bool, what string) {
+		seen := map[string]bool{}
+		for _, name := range names {
+			o, ok := c.Outputs[name]
+			switch {
+			case !ok:
+				bad("%s: there is no output %q; outputs has %s", field, name, list(slices.Sorted(maps.Keys(c.Outputs))))
+			case !takes(o):
+				bad("%s: output %q takes no %s", field, name, what)
+			case seen[name]:
+				bad("%s: output %q is there twice; remove one", field, name)
+			}
+			seen[name] = true
+		}
+	}
+	if l := c.Logs; l != nil {
+		if len(l.Outputs) == 0 {
+			bad("logs.outputs is empty: name at least one of outputs, or remove logs")
+		}
+		use("logs.outputs", l.Outputs, func(o Output) bool { return o.InfluxDB == nil }, "logs")
+		within := func(field string, v, limit int) {
+			if v < 0 || v > limit {
+				bad("%s: %d is not between 1 and %d; leave it out for the default", field, v, limit)
+			}
+		}
+		within("logs.batch.maxRecords", l.Batch.MaxRecords, maxBatch)
+		within("logs.batch.maxBytes", l.Batch.MaxBytes, maxBatchBytes)
+		within("logs.inFlight", l.InFlight, maxInFlight)
+		if l.Batch.Linger < 0 || l.Batch.Linger > maxLinger {
+			bad("logs.batch.linger: %s is not between 0s and %s", l.Batch.Linger, maxLinger)
+		}
+	}
+	if m := c.Metrics; m != nil {
+		use("metrics.outputs", m.Outputs, func(o Output) bool { return o.InfluxDB != nil }, "metrics")
+		if m.Expose != "" {
+			address("metrics.expose", m.Expose)
+		}
+		if m.Expose == "" && len(m.Outputs) == 0 {
+			bad("metrics: neither expose nor outputs is there, so nobody would see the metrics; write expose: 127.0.0.1:15031, or remove metrics")
+		}
+		if err := (scrape.Config{Targets: m.Scrape}).Validate(); err != nil {
+			bad("metrics: %w", err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (o Output) validate() error {
+	var kinds []string
+	var errs []error
+	add := func(kind string, set bool, validate func() error) {
+		if set {
+			kinds = append(kinds, kind)
+			errs = append(errs, validate())
+		}
+	}
+	add("store", o.Store != nil, func() error { return o.Store.Validate() })
+	add("elasticsearch", o.Elasticsearch != nil, func() error { return o.Elasticsearch.Validate() })
+	add("fluentd", o.Fluentd != nil, func() error { return o.Fluentd.Validate() })
+	add("influxdb", o.InfluxDB != nil, func() error { return o.InfluxDB.Validate() })
+	if len(kinds) != 1 {
+		return fmt.Errorf("it has the kinds %s; write exactly one of store, elasticsearch, fluentd, influxdb", list(kinds))
+	}
+	return errors.Join(errs...)
+}
+
+// Unused returns the outputs that neither logs nor metrics name.
+func (c *Config) Unused() []string {
+	used := map[string]bool{}
+	if c.Logs != nil {
+		for _, n := range c.Logs.Outputs {
+			used[n] = true
+		}
+	}
+	if c.Metrics != nil {
+		for _, n := range c.Metrics.Outputs {
+			used[n] = true
+		}
+	}
+	return slices.DeleteFunc(slices.Sorted(maps.Keys(c.Outputs)), func(n string) bool { return used[n] })
+}
+
+func list(names []string) string {
+	if len(names) == 0 {
+		return "none"
+	}
+	return strings.Join(names, ", ")
+}

@@ -1,0 +1,427 @@
+// Command collector ships every log line and metric of a node: it follows the
+// containers' logs, scrapes and reads metrics, and sends both to the outputs
+// that its configuration names.
+//
+// main knows flags, the environment and how the parts are put together; what
+// they do is theirs. The configuration is described in package
+// collector/internal/config.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/oklog/run"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/admin"
+	"github.com/outrigger-mesh/outrigger/collector/internal/config"
+	"github.com/outrigger-mesh/outrigger/collector/internal/hostmetrics"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
+	exposition "github.com/outrigger-mesh/outrigger/collector/internal/output/prometheus"
+	storeoutput "github.com/outrigger-mesh/outrigger/collector/internal/output/store"
+	"github.com/outrigger-mesh/outrigger/collector/internal/pipeline"
+	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
+	"github.com/outrigger-mesh/outrigger/collector/internal/store"
+	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
+	"github.com/outrigger-mesh/outrigger/collector/record"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "collector:", err)
+		os.Exit(1)
+	}
+}
+
+type settings struct {
+	config, logFormat string
+	logLevel          slog.Level
+	check, version    bool
+}
+
+func parse(args []string, stderr io.Writer) (settings, error) {
+	var s settings
+	f := flag.NewFlagSet("collector", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.StringVar(&s.config, "config", "", "configuration file in YAML (required)")
+	f.BoolVar(&s.check, "check", false, "check the configuration and end; exit code 1 if something is wrong with it")
+	f.TextVar(&s.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	f.StringVar(&s.logFormat, "log-format", "json", "json or text")
+	f.BoolVar(&s.version, "version", false, "print the version and end")
+	if err := f.Parse(args); err != nil {
+		return s, err
+	}
+	switch {
+	case s.version:
+	case f.NArg() > 0:
+		return s, fmt.Errorf("unexpected argument %q: settings are flags and the configuration file, see --help", f.Arg(0))
+	case s.config == "":
+		return s, errors.New("--config is missing: give the configuration file, for example --config collector.yaml")
+	case s.logFormat != "json" && s.logFormat != "text":
+		return s, fmt.Errorf("--log-format %q: write json or text", s.logFormat)
+	}
+	return s, nil
+}
+
+func logger(s settings, to io.Writer) *slog.Logger {
+	o := &slog.HandlerOptions{Level: s.logLevel, ReplaceAttr: record.ECS}
+	if s.logFormat == "text" {
+		return slog.New(slog.NewTextHandler(to, o))
+	}
+	return slog.New(slog.NewJSONHandler(to, o)).With(record.ServiceName, "collector")
+}
+
+func load(path string) (*config.Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("--config: %w", err)
+	}
+	c, err := config.Parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("--config %s:\n%w", path, err)
+	}
+	return c, nil
+}
+
+// execute runs the program until ctx ends.
+func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	s, err := parse(args, stderr)
+	if err != nil {
+		return err
+	}
+	if s.version {
+		_, err := fmt.Fprintln(stdout, version())
+		return err
+	}
+	c, err := load(s.config)
+	if err != nil {
+		return err
+	}
+	if s.check {
+		_, err := fmt.Fprintf(stdout, "%s is right\n", s.config)
+		return err
+	}
+	node, err := nodeName(c)
+	if err != nil {
+		return err
+	}
+	log := logger(s, stderr).With(record.HostName, node)
+	for _, name := range c.Unused() {
+		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
+	}
+	p, err := assemble(ctx, c, node, log)
+	if err != nil {
+		return errors.Join(err, p.close())
+	}
+	log.Info("collector starts", "service.version", version(), "outrigger.admin_address", p.admin.Addr().String())
+	err = p.run(ctx)
+	err = errors.Join(err, p.close())
+	log.Info("collector stopped")
+	return err
+}
+
+// nodeName is where records and metrics say that they come from.
+func nodeName(c *config.Config) (string, error) {
+	if c.Node != "" {
+		return c.Node, nil
+	}
+	if n := os.Getenv("NODE_NAME"); n != "" { // the downward API's spec.nodeName
+		return n, nil
+	}
+	n, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("node: no name in the configuration or in $NODE_NAME, and the host has none: %w", err)
+	}
+	return n, nil
+}
+
+// program is the collector put together. Parts that the configuration does not
+// ask for are nil.
+type program struct {
+	log       *slog.Logger
+	admin     net.Listener
+	expose    net.Listener
+	window    http.Handler
+	metrics   *exposition.Exposition
+	pipelines []*pipeline.Pipeline
+	scraper   *scrape.Scraper
+	sinks     []*influxdb.Sink
+	// closers in the order in which they were made.
+	closers []func() error
+}
+
+// assemble makes all parts and binds all ports, so that whatever can fail fails
+// before the first line is read. Where it fails, the program has what is to be
+// closed.
+func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger) (*program, error) {
+	p := &program{log: log}
+	var err error
+	if p.admin, err = p.bind(ctx, "admin", c.Admin, admin.CheckAddress); err != nil {
+		return p, err
+	}
+	if err := p.lock(c.DataDir); err != nil {
+		return p, err
+	}
+	registry := prometheus.NewRegistry()
+	if err := errors.Join(
+		registry.Register(collectors.NewGoCollector()),
+		registry.Register(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})),
+	); err != nil {
+		return p, err
+	}
+	var search http.Handler
+	if c.Logs != nil {
+		if search, err = p.logs(c, node, registry); err != nil {
+			return p, err
+		}
+	}
+	if c.Metrics != nil {
+		if err := p.measure(ctx, c, registry); err != nil {
+			return p, err
+		}
+	}
+	p.window = admin.Handler(admin.Options{
+		Log: log, Gatherer: registry, Store: search,
+		Ready: func() error { return ready(c) },
+		Audit: func() any { return p.audit() },
+	})
+	return p, nil
+}
+
+// logs makes a pipeline for each output and returns the store's search, if
+// there is a store.
+func (p *program) logs(c *config.Config, node string, reg prometheus.Registerer) (search http.Handler, err error) {
+	metrics, err := pipeline.NewMetrics(reg)
+	if err != nil {
+		return nil, err
+	}
+	tailMetrics, err := tail.NewMetrics(reg)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range c.Logs.Outputs {
+		var out output.Output
+		log := p.log.With("outrigger.output", name)
+		switch o := c.Outputs[name]; {
+		case o.Store != nil:
+			s, err := store.Open(*o.Store, log)
+			if err != nil {
+				return nil, fmt.Errorf("outputs.%s: %w", name, err)
+			}
+			out, search = storeoutput.New(s), s.Handler()
+		case o.Elasticsearch != nil:
+			if out, err = elasticsearch.New(*o.Elasticsearch, log); err != nil {
+				return nil, fmt.Errorf("outputs.%s: %w", name, err)
+			}
+		case o.Fluentd != nil:
+			if out, err = fluentd.New(*o.Fluentd, log); err != nil {
+				return nil, fmt.Errorf("outputs.%s: %w", name, err)
+			}
+		default:
+			return nil, fmt.Errorf("outputs.%s takes no logs", name) // config.Parse refused it
+		}
+		p.closers = append(p.closers, out.Close)
+		pl, err := pipeline.New(pipeline.Config{
+			Name: name, Folder: filepath.Clean(c.Logs.Folder), DataDir: c.DataDir, Cluster: c.Cluster, Node: node,
+			MaxRecords: c.Logs.Batch.MaxRecords, MaxBytes: c.Logs.Batch.MaxBytes, Linger: c.Logs.Batch.Linger, InFlight: c.Logs.InFlight,
+		}, out, p.log, metrics, tailMetrics)
+		if err != nil {
+			return nil, fmt.Errorf("outputs.%s: %w", name, err)
+		}
+		p.pipelines = append(p.pipelines, pl)
+	}
+	return search, nil
+}
+
+// measure makes what reads metrics and what shows and sends them.
+func (p *program) measure(ctx context.Context, c *config.Config, registry *prometheus.Registry) (err error) {
+	sources := []prometheus.Gatherer{registry}
+	if c.Metrics.Host {
+		host := prometheus.NewRegistry()
+		if err := host.Register(hostmetrics.New(c.Metrics.HostRoot, p.log)); err != nil {
+			return err
+		}
+		sources = append(sources, host)
+	}
+	if len(c.Metrics.Scrape) > 0 {
+		p.scraper, err = scrape.New(scrape.Config{Targets: c.Metrics.Scrape}, scrape.Options{Logger: p.log, Registerer: registry})
+		if err != nil {
+			return fmt.Errorf("metrics: %w", err)
+		}
+		sources = append(sources, p.scraper)
+	}
+	if p.metrics, err = exposition.New(exposition.Options{Logger: p.log, Registerer: registry, Sources: sources}); err != nil {
+		return err
+	}
+	if c.Metrics.Expose != "" {
+		if p.expose, err = p.bind(ctx, "metrics.expose", c.Metrics.Expose, func(net.Addr) error { return nil }); err != nil {
+			return err
+		}
+	}
+	for _, name := range c.Metrics.Outputs {
+		sink, err := influxdb.New(*c.Outputs[name].InfluxDB, influxdb.Options{
+			Logger: p.log.With("outrigger.output", name), Source: p.metrics,
+			Registerer: prometheus.WrapRegistererWith(prometheus.Labels{"output": name}, registry),
+		})
+		if err != nil {
+			return fmt.Errorf("outputs.%s: %w", name, err)
+		}
+		p.sinks = append(p.sinks, sink)
+	}
+	return nil
+}
+
+// bind listens on the address of a field of the configuration.
+func (p *program) bind(ctx context.Context, field, address string, check func(net.Addr) error) (net.Listener, error) {
+	a, err := net.ResolveTCPAddr("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %s: %w; write <ip>:<port>", field, address, err)
+	}
+	if err := check(a); err != nil {
+		return nil, fmt.Errorf("%s: %w", field, err)
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%s: %s is in use by another program, perhaps another collector; stop that, or write another port", field, address)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %s: %w", field, address, err)
+	}
+	p.closers = append(p.closers, func() error {
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) { // its server closed it
+			return err
+		}
+		return nil
+	})
+	return l, nil
+}
+
+// lock keeps a second collector away from the checkpoints.
+func (p *program) lock(dir string) error {
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return fmt.Errorf("dataDir: %s cannot be made: %w; name a folder that this user may write to", dir, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return fmt.Errorf("dataDir: %w; name a folder that this user may write to", err)
+	}
+	p.closers = append(p.closers, f.Close)
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return fmt.Errorf("dataDir: %s is in use by another collector; stop that, or write another folder", dir)
+	}
+	if err != nil {
+		return fmt.Errorf("dataDir: lock %s: %w", dir, err)
+	}
+	return nil
+}
+
+// run starts all parts and waits until ctx ends or one of them does, and then
+// for all of them.
+func (p *program) run(ctx context.Context) error {
+	var group run.Group
+	add := func(part func(context.Context) error) {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		group.Add(func() error { return part(ctx) }, func(error) { cancel() })
+	}
+	{
+		ctx, cancel := context.WithCancel(ctx)
+		group.Add(func() error { <-ctx.Done(); return nil }, func(error) { cancel() })
+	}
+	add(func(ctx context.Context) error { return admin.Serve(ctx, p.admin, p.window, p.log) })
+	if p.expose != nil {
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", p.metrics)
+		add(func(ctx context.Context) error { return admin.Serve(ctx, p.expose, mux, p.log) })
+	}
+	var failed []error
+	results := make(chan error, len(p.pipelines)) // oklog/run keeps the first error only
+	for _, pl := range p.pipelines {
+		add(func(ctx context.Context) error {
+			err := pl.Run(ctx)
+			results <- err
+			return err
+		})
+	}
+	if p.scraper != nil {
+		add(p.scraper.Run)
+	}
+	for _, sink := range p.sinks {
+		add(sink.Run)
+	}
+	err := group.Run()
+	for range p.pipelines {
+		if e := <-results; e != nil && !errors.Is(err, e) {
+			failed = append(failed, e)
+		}
+	}
+	return errors.Join(append([]error{err}, failed...)...)
+}
+
+// close closes what assemble opened, in reverse.
+func (p *program) close() error {
+	var errs []error
+	for _, c := range slices.Backward(p.closers) {
+		errs = append(errs, c())
+	}
+	return errors.Join(errs...)
+}
+
+// audit is the answer of /api/v1/audit.
+func (p *program) audit() any {
+	out := struct {
+		Time    time.Time        `json:"time"`
+		Outputs []pipeline.Audit `json:"outputs"`
+	}{time.Now().UTC(), []pipeline.Audit{}}
+	for _, pl := range p.pipelines {
+		out.Outputs = append(out.Outputs, pl.Audit())
+	}
+	return out
+}
+
+// ready says why no logs can be read. A backend that is down is no reason: the
+// collector is made for that.
+func ready(c *config.Config) error {
+	if c.Logs == nil {
+		return nil
+	}
+	d, err := os.Open(c.Logs.Folder)
+	if err != nil {
+		return fmt.Errorf("logs.folder: %w", err)
+	}
+	return d.Close()
+}
+
+// version is the module's version, or the commit that it was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "vcs.revision" })
+	if v := info.Main.Version; i < 0 || (v != "" && v != "(devel)") {
+		return v
+	}
+	return info.Settings[i].Value
+}
