@@ -6,7 +6,7 @@ CACHE   := $(CURDIR)/.cache
 BIN     := $(CURDIR)/bin
 TOOLS   := $(CACHE)/tools
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -s -w -X github.com/outrigger-mesh/outrigger/program.version=$(VERSION)
 PROGRAMS := ./control-plane ./sidecar ./collector ./injector ./outrigger
 FUZZ_SECONDS ?= 20
 DEMO_SECONDS ?= 0

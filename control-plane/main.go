@@ -12,18 +12,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"os"
-	"os/signal"
-	"runtime/debug"
-	"slices"
-	"syscall"
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 
-	"github.com/outrigger-mesh/outrigger/collector/record"
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/discovery"
@@ -32,25 +24,18 @@ import (
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/rebuild"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "control-plane:", err)
-		os.Exit(1)
-	}
-}
+func main() { program.Main("control-plane", execute) }
 
 type settings struct {
+	program.Flags
 	config, xdsAddress, adminAddress, trustDomain string
-	logLevel, logFormat                           string
-	dryRun, version                               bool
+	dryRun                                        bool
 }
 
-func parse(args []string, stderr io.Writer) (settings, error) {
+func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	var s settings
 	f := flag.NewFlagSet("control-plane", flag.ContinueOnError)
 	f.SetOutput(stderr)
@@ -59,53 +44,24 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	f.StringVar(&s.adminAddress, "admin-address", "127.0.0.1:15014", "loopback address of /ready, /metrics and /debug")
 	f.StringVar(&s.trustDomain, "trust-domain", identity.DefaultTrustDomain, "SPIFFE trust domain of the workloads")
 	f.BoolVar(&s.dryRun, "dry-run", false, "print problems, parity and the xDS that would be served as JSON, and end; exit code 1 if there are problems")
-	f.StringVar(&s.logLevel, "log-level", "info", "debug, info, warn or error")
-	f.StringVar(&s.logFormat, "log-format", "json", "json or text")
-	f.BoolVar(&s.version, "version", false, "print the version and end")
-	if err := f.Parse(args); err != nil {
+	s.Register(f)
+	if err := s.Parse(f, args, stdout); err != nil {
 		return s, err
 	}
-	switch {
-	case s.version:
-		return s, nil
-	case f.NArg() > 0:
-		return s, fmt.Errorf("unexpected argument %q: settings are flags, see --help", f.Arg(0))
-	case s.config == "":
+	if s.config == "" {
 		return s, errors.New("--config is missing: give the folder with the Kubernetes objects, for example --config ./mesh")
 	}
 	return s, nil
 }
 
-func logger(s settings, to io.Writer) (*slog.Logger, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(s.logLevel)); err != nil {
-		return nil, fmt.Errorf("--log-level %q: write debug, info, warn or error", s.logLevel)
-	}
-	o := &slog.HandlerOptions{Level: level, ReplaceAttr: record.ECS}
-	switch s.logFormat {
-	case "json":
-		return slog.New(slog.NewJSONHandler(to, o)).With(record.ServiceName, "control-plane"), nil
-	case "text":
-		return slog.New(slog.NewTextHandler(to, o)), nil
-	}
-	return nil, fmt.Errorf("--log-format %q: write json or text", s.logFormat)
-}
-
 // execute runs the program until ctx ends. Everything is bound before anything
 // is started, and stopped in reverse.
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	s, err := parse(args, stderr)
+	s, err := parse(args, stdout, stderr)
 	if err != nil {
 		return err
 	}
-	if s.version {
-		_, err := fmt.Fprintln(stdout, version())
-		return err
-	}
-	log, err := logger(s, stderr)
-	if err != nil {
-		return err
-	}
+	log := s.Log("control-plane", stderr)
 	source := manifests.New(s.config, log)
 	if err := source.Check(); err != nil {
 		return fmt.Errorf("--config %s: %w; give an existing folder", s.config, err)
@@ -114,22 +70,21 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return dryRun(source, s.trustDomain, stdout, stderr)
 	}
 
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry := program.Registry()
 	server := discovery.New(discovery.Options{Log: log, Registry: registry})
 	loop := rebuild.New(rebuild.Options{
 		Source: source, Publisher: server, TrustDomain: s.trustDomain, Log: log, Registry: registry,
 	})
 
-	xdsListener, err := bind("--xds-address", s.xdsAddress, discovery.CheckAddress)
+	xdsListener, err := program.ListenLoopback(ctx, "--xds-address", s.xdsAddress)
 	if err != nil {
 		return err
 	}
-	adminListener, err := bind("--admin-address", s.adminAddress, admin.CheckAddress)
+	adminListener, err := program.ListenLoopback(ctx, "--admin-address", s.adminAddress)
 	if err != nil {
 		return errors.Join(err, xdsListener.Close())
 	}
-	log.Info("control plane starts", "service.version", version(), "outrigger.config", s.config,
+	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config,
 		"outrigger.xds_address", xdsListener.Addr().String(), "outrigger.admin_address", adminListener.Addr().String())
 
 	var group run.Group
@@ -143,32 +98,13 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		group.Add(func() error { <-ctx.Done(); return nil }, func(error) { cancel() })
 	}
 	add(func(ctx context.Context) error {
-		return admin.Serve(ctx, adminListener, window(log, registry, loop, server))
+		return program.Serve(ctx, adminListener, admin.Handler(window(log, registry, loop, server)), log)
 	})
 	add(func(ctx context.Context) error { return server.Serve(ctx, xdsListener) })
 	add(loop.Run)
 	err = group.Run()
 	log.Info("control plane stopped")
 	return err
-}
-
-// bind listens on a loopback address given by a flag.
-func bind(flagName, address string, check func(net.Addr) error) (net.Listener, error) {
-	a, err := net.ResolveTCPAddr("tcp", address)
-	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w; write <ip>:<port>", flagName, address, err)
-	}
-	if err := check(a); err != nil {
-		return nil, fmt.Errorf("%s %s: %w", flagName, address, err)
-	}
-	l, err := net.Listen("tcp", address)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("%s %s is in use by another program, perhaps another control plane; stop that or choose another port, for example %s 127.0.0.1:0", flagName, address, flagName)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", flagName, address, err)
-	}
-	return l, nil
 }
 
 // window is what the admin endpoint shows.
@@ -299,17 +235,4 @@ func dryRun(source *manifests.Source, trustDomain string, stdout, stderr io.Writ
 		fmt.Fprintln(stderr, p)
 	}
 	return fmt.Errorf("%w: %d; see above", errProblems, len(state.Problems))
-}
-
-// version is the module's version, or the commit that it was built from.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "vcs.revision" })
-	if v := info.Main.Version; i < 0 || (v != "" && v != "(devel)") {
-		return v
-	}
-	return info.Settings[i].Value
 }

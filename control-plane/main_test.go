@@ -94,12 +94,12 @@ func TestErrorsNameTheFlagAndTheRemedy(t *testing.T) {
 	f("--config is missing")
 	f("--config /nowhere/at/all", "--config", "/nowhere/at/all")
 	f("unexpected argument", "--config", dir, "serve")
-	f("--log-level", "--config", dir, "--log-level", "loud")
+	f("-log-level", "--config", dir, "--log-level", "loud")
 	f("--log-format", "--config", dir, "--log-format", "xml")
 	f("--xds-address "+taken.Addr().String()+" is in use", "--config", dir, "--xds-address", taken.Addr().String())
 	f("--admin-address "+taken.Addr().String()+" is in use", "--config", dir, "--xds-address", "127.0.0.1:0", "--admin-address", taken.Addr().String())
-	f("loopback only", "--config", dir, "--xds-address", "0.0.0.0:0")
-	f("loopback only", "--config", dir, "--xds-address", "127.0.0.1:0", "--admin-address", "0.0.0.0:0")
+	f("only a loopback address", "--config", dir, "--xds-address", "0.0.0.0:0")
+	f("only a loopback address", "--config", dir, "--xds-address", "127.0.0.1:0", "--admin-address", "0.0.0.0:0")
 }
 
 // log is a writer that a running program and the test share.

@@ -8,51 +8,32 @@ import (
 	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/oklog/run"
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/outrigger-mesh/outrigger/collector/record"
 	"github.com/outrigger-mesh/outrigger/injector/internal/webhook"
 	"github.com/outrigger-mesh/outrigger/injector/patch"
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "injector:", err)
-		os.Exit(1)
-	}
-}
-
-// version is set by the linker.
-var version = "dev"
+func main() { program.Main("injector", execute) }
 
 // drain is how long reviews in flight may take at the end. The API server's
 // pods behind a Service learn of our end in about as long.
 const drain = 10 * time.Second
 
 type config struct {
+	program.Flags
 	patch.Settings
 	listen, admin, certFile, keyFile string
-	logLevel                         slog.Level
-	version                          bool
 }
 
-func parse(args []string, stderr io.Writer) (config, error) {
+func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	var c config
 	f := flag.NewFlagSet("injector", flag.ContinueOnError)
 	f.SetOutput(stderr)
@@ -70,30 +51,20 @@ func parse(args []string, stderr io.Writer) (config, error) {
 	f.StringVar(&c.Memory, "proxy-memory", "32Mi", "memory request of sidecars; empty: none")
 	f.StringVar(&c.CPULimit, "proxy-cpu-limit", "", "CPU limit of sidecars; empty: none")
 	f.StringVar(&c.MemoryLimit, "proxy-memory-limit", "", "memory limit of sidecars; empty: none")
-	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
-	f.BoolVar(&c.version, "version", false, "print the version and end")
-	if err := f.Parse(args); err != nil {
+	c.Register(f)
+	if err := c.Parse(f, args, stdout); err != nil {
 		return c, err
 	}
-	switch {
-	case c.version:
-		return c, nil
-	case f.NArg() > 0:
-		return c, fmt.Errorf("unexpected argument %q: settings are flags, see --help", f.Arg(0))
-	case c.certFile == "" || c.keyFile == "":
+	if c.certFile == "" || c.keyFile == "" {
 		return c, errors.New("--tls-cert and --tls-key are required: the API server speaks to webhooks over TLS only")
 	}
 	return c, c.Validate()
 }
 
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	conf, err := parse(args, stderr)
+	conf, err := parse(args, stdout, stderr)
 	if err != nil {
 		return err
-	}
-	if conf.version {
-		fmt.Fprintln(stdout, "injector", version)
-		return nil
 	}
 	return serve(ctx, conf, stderr, func(webhook, admin net.Addr) {})
 }
@@ -101,10 +72,8 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 // serve runs until ctx ends or a server fails. bound is told the addresses once
 // everything that can fail has not.
 func serve(ctx context.Context, conf config, stderr io.Writer, bound func(webhook, admin net.Addr)) error {
-	log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel, ReplaceAttr: record.ECS})).
-		With("service.name", "outrigger-injector", "event.dataset", "outrigger.injector")
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	log := conf.Log("injector", stderr).With("event.dataset", "outrigger.injector")
+	registry := program.Registry()
 
 	handler, err := webhook.New(conf.Settings, log, registry)
 	if err != nil {
@@ -115,10 +84,9 @@ func serve(ctx context.Context, conf config, stderr io.Writer, bound func(webhoo
 		return err
 	}
 	reviews := webhook.Server(handler.Mux(), cert, log)
-	var lc net.ListenConfig
-	reviewsAt, err := lc.Listen(ctx, "tcp", conf.listen)
+	reviewsAt, err := program.Listen(ctx, "--listen", conf.listen)
 	if err != nil {
-		return fmt.Errorf("--listen %q: %w; is another injector running?", conf.listen, err)
+		return err
 	}
 
 	var group run.Group
@@ -127,14 +95,18 @@ func serve(ctx context.Context, conf config, stderr io.Writer, bound func(webhoo
 	group.Add(func() error { return reviews.ServeTLS(reviewsAt, "", "") }, func(error) { shutdown(context.WithoutCancel(ctx), reviews, log) })
 	var adminAddr net.Addr
 	if conf.admin != "" {
-		adminAt, err := lc.Listen(ctx, "tcp", conf.admin)
+		adminAt, err := program.Listen(ctx, "--admin-address", conf.admin)
 		if err != nil {
 			stop()
-			return errors.Join(fmt.Errorf("--admin-address %q: %w", conf.admin, err), reviewsAt.Close())
+			return errors.Join(err, reviewsAt.Close())
 		}
 		adminAddr = adminAt.Addr()
-		admin := &http.Server{Handler: adminMux(registry), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute}
-		group.Add(func() error { return admin.Serve(adminAt) }, func(error) { shutdown(context.WithoutCancel(ctx), admin, log) })
+		mux := http.NewServeMux()
+		// Served once the webhook is bound and has its certificate: to be reachable
+		// is to be ready.
+		program.Operate(mux, func() error { return nil }, registry, log)
+		serving, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		group.Add(func() error { return program.Serve(serving, adminAt, mux, log) }, func(error) { cancel() })
 	}
 	log.Info("serving", "server.address", reviewsAt.Addr().String(), "container.image.name", conf.Image, "outrigger.native_sidecar", conf.NativeSidecar)
 	bound(reviewsAt.Addr(), adminAddr)
@@ -152,13 +124,4 @@ func shutdown(ctx context.Context, s *http.Server, log *slog.Logger) {
 	if err := s.Shutdown(ctx); err != nil {
 		log.Warn("requests were cut off", "error.message", err.Error())
 	}
-}
-
-// adminMux is served once the webhook is bound and has its certificate, so being
-// reachable is being ready.
-func adminMux(g prometheus.Gatherer) *http.ServeMux {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ready") })
-	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{EnableOpenMetrics: true, MaxRequestsInFlight: 4}))
-	return mux
 }

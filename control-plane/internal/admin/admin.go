@@ -7,20 +7,14 @@
 package admin
 
 import (
-	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"net/http"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
 // Options are what is shown. The functions are called once a request, from any
@@ -40,43 +34,12 @@ type Options struct {
 	XDS func() (any, error)
 }
 
-const (
-	readTimeout  = 5 * time.Second
-	writeTimeout = 30 * time.Second
-	idleTimeout  = 60 * time.Second
-	maxHeader    = 16 << 10
-	stopTimeout  = 3 * time.Second
-	// maxScrapes at once; more are answered 503.
-	maxScrapes = 4
-)
-
-// ErrNotLoopback says that the configuration would be shown to a network.
-var ErrNotLoopback = errors.New("the admin endpoint is served on loopback only")
-
-// CheckAddress refuses an address that is not loopback.
-func CheckAddress(a net.Addr) error {
-	if t, ok := a.(*net.TCPAddr); ok && t.IP.IsLoopback() {
-		return nil
-	}
-	return fmt.Errorf("%w: %s is not; listen on 127.0.0.1:15014", ErrNotLoopback, a)
-}
-
 // Handler serves /ready, /healthz, /metrics and /debug/{mesh,problems,proxies,xds}.
 func Handler(o Options) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { text(o.Log, w, http.StatusOK, "ok\n") })
-	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
-		if err := o.Ready(); err != nil {
-			text(o.Log, w, http.StatusServiceUnavailable, "not ready: "+err.Error()+"\n")
-			return
-		}
-		text(o.Log, w, http.StatusOK, "ready\n")
-	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(o.Gatherer, promhttp.HandlerOpts{
-		MaxRequestsInFlight: maxScrapes, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
-	}))
+	program.Operate(mux, o.Ready, o.Gatherer, o.Log)
 	mux.HandleFunc("GET /debug/mesh", func(w http.ResponseWriter, _ *http.Request) {
-		text(o.Log, w, http.StatusOK, Describe(o.Mesh()))
+		program.Answer(w, o.Log, http.StatusOK, Describe(o.Mesh()))
 	})
 	show := func(get func() any) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { object(o.Log, w, get()) }
@@ -86,7 +49,7 @@ func Handler(o Options) http.Handler {
 	mux.HandleFunc("GET /debug/xds", func(w http.ResponseWriter, _ *http.Request) {
 		v, err := o.XDS()
 		if err != nil {
-			text(o.Log, w, http.StatusInternalServerError, err.Error()+"\n")
+			program.Answer(w, o.Log, http.StatusInternalServerError, err.Error()+"\n")
 			return
 		}
 		object(o.Log, w, v)
@@ -97,50 +60,9 @@ func Handler(o Options) http.Handler {
 func object(log *slog.Logger, w http.ResponseWriter, v any) {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
-		text(log, w, http.StatusInternalServerError, err.Error()+"\n")
+		program.Answer(w, log, http.StatusInternalServerError, err.Error()+"\n")
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	write(log, w, string(b)+"\n")
-}
-
-func text(log *slog.Logger, w http.ResponseWriter, status int, s string) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	w.WriteHeader(status)
-	write(log, w, s)
-}
-
-func write(log *slog.Logger, w io.Writer, s string) {
-	if _, err := io.WriteString(w, s); err != nil {
-		log.Debug("admin client went away", "error.message", err.Error())
-	}
-}
-
-// Serve answers on lis, which it closes, until ctx ends, and returns nil once
-// the requests that run have ended, 3 s later at most.
-func Serve(ctx context.Context, lis net.Listener, o Options) error {
-	if err := CheckAddress(lis.Addr()); err != nil {
-		return errors.Join(err, lis.Close())
-	}
-	s := &http.Server{
-		Handler: Handler(o), ReadTimeout: readTimeout, ReadHeaderTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
-	}
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(lis) }()
-	select {
-	case err := <-served:
-		return fmt.Errorf("serve admin on %s: %w", lis.Addr(), err)
-	case <-ctx.Done():
-	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-	defer cancel()
-	err := s.Shutdown(stop)
-	if errors.Is(err, context.DeadlineExceeded) {
-		err = s.Close()
-	}
-	if end := <-served; !errors.Is(end, http.ErrServerClosed) {
-		err = errors.Join(err, end)
-	}
-	return err
+	program.Answer(w, log, http.StatusOK, string(b)+"\n")
 }
