@@ -9,24 +9,20 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 
-	"github.com/outrigger-mesh/outrigger/collector/record"
+	"github.com/outrigger-mesh/outrigger/program"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
@@ -38,19 +34,10 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/xdsclient"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := runSidecar(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "sidecar:", err)
-		os.Exit(1)
-	}
-}
-
-// version is set by the linker.
-var version = "dev"
+func main() { program.Main("sidecar", runSidecar) }
 
 type config struct {
+	program.Flags
 	bootstrap.Config
 	admin, metrics, health string
 	stateDir               string
@@ -58,10 +45,9 @@ type config struct {
 	readyTimeout           time.Duration
 	otlpEndpoint           string
 	otlpRatio              float64
-	logLevel               slog.Level
 }
 
-func parse(args []string, stderr io.Writer) (config, error) {
+func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	c := config{}
 	fs := flag.NewFlagSet("sidecar", flag.ContinueOnError)
 	fs.SetOutput(stderr)
@@ -90,17 +76,9 @@ func parse(args []string, stderr io.Writer) (config, error) {
 	fs.DurationVar(&c.readyTimeout, "ready-timeout", 0, "give up when not configured by then; 0 waits for ever, not ready")
 	fs.StringVar(&c.otlpEndpoint, "otlp-endpoint", "", "OTLP/HTTP endpoint for spans, for example http://127.0.0.1:4318. Empty: none")
 	fs.Float64Var(&c.otlpRatio, "trace-ratio", 0.01, "share of the traces that begin here and are sampled, 0 to 1")
-	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
-	showVersion := fs.Bool("version", false, "print the version and exit")
-	if err := fs.Parse(args); err != nil {
+	c.Register(fs)
+	if err := c.Parse(fs, args, stdout); err != nil {
 		return c, err
-	}
-	if *showVersion {
-		fmt.Fprintln(stderr, "sidecar", version)
-		return c, flag.ErrHelp
-	}
-	if fs.NArg() > 0 {
-		return c, fmt.Errorf("unexpected argument %q: every option begins with --", fs.Arg(0))
 	}
 	if c.Workload == "" {
 		return c, errors.New("--workload is empty: name the workload that this sidecar stands beside")
@@ -120,16 +98,15 @@ func parse(args []string, stderr io.Writer) (config, error) {
 const collectAt = 50
 
 func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	cfg, err := parse(args, stderr)
+	cfg, err := parse(args, stdout, stderr)
 	if err != nil {
 		return err
 	}
 	debug.SetGCPercent(collectAt)
-	log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: record.ECS})).With("service.name", cfg.Workload, "event.dataset", "outrigger.sidecar")
+	log := cfg.Log(cfg.Workload, stderr).With("event.dataset", "outrigger.sidecar")
 
 	// What is known and counted.
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry := program.Registry()
 	var current table.Current
 	access := accesslog.New(cfg.Namespace, cfg.Workload, cfg.Instance)
 	metrics := telemetry.NewMetrics(registry, cfg.Config)
@@ -165,10 +142,10 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	ctx, quit := context.WithCancel(ctx)
 	defer quit()
 	operators := &admin.Server{
-		Table: &current, Clusters: clusters, Metrics: registry, Control: func() any { return client.Status() }, Drain: quit, Quit: quit,
+		Table: &current, Clusters: clusters, Metrics: registry, Log: log, Control: func() any { return client.Status() }, Drain: quit, Quit: quit,
 		Ready: func() error { return readiness(client, conns, cfg.ControlPlane) },
 	}
-	binder := binder{}
+	binder := binder{ctx: ctx}
 	defer binder.closeUnused()
 	outbound := map[bootstrap.Upstream]*net.TCPListener{}
 	for _, u := range cfg.Upstreams {
@@ -209,7 +186,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	}
 	for l, h := range map[*net.TCPListener]http.Handler{adminListener: operators.Admin(), metricsListener: operators.Scrape(), healthListener: operators.Health()} {
 		if l != nil {
-			actor(func(ctx context.Context) error { return serveHTTP(ctx, l, h) })
+			actor(func(ctx context.Context) error { return program.Serve(ctx, l, h, log) })
 		}
 	}
 	if cfg.readyTimeout > 0 {
@@ -225,7 +202,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			}
 		})
 	}
-	log.Info("sidecar started", "version", version, "control_plane", cfg.ControlPlane, "upstreams", len(cfg.Upstreams), "inbounds", len(cfg.Inbounds))
+	log.Info("sidecar started", "service.version", program.Version(), "control_plane", cfg.ControlPlane, "upstreams", len(cfg.Upstreams), "inbounds", len(cfg.Inbounds))
 	for name, layers := range proxy.Layers() {
 		log.Debug("path", "direction", name, "layers", layers)
 	}
@@ -258,6 +235,7 @@ func readiness(client *xdsclient.Client, conns *listener.Group, address string) 
 
 // binder binds listeners and remembers the first error.
 type binder struct {
+	ctx   context.Context //nolint:containedctx // for the calls of one function
 	bound []*net.TCPListener
 	err   error
 }
@@ -266,7 +244,7 @@ func (b *binder) bind(address, purpose string) *net.TCPListener {
 	if b.err != nil || address == "" {
 		return nil
 	}
-	l, err := listener.Listen(address, purpose)
+	l, err := program.Listen(b.ctx, purpose, address)
 	if err != nil {
 		b.err = err
 		return nil
@@ -281,22 +259,6 @@ func (b *binder) closeUnused() {
 	for _, l := range b.bound {
 		_ = l.Close()
 	}
-}
-
-func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
-	stop := context.AfterFunc(ctx, func() {
-		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		defer cancel()
-		if s.Shutdown(end) != nil {
-			_ = s.Close()
-		}
-	})
-	defer stop()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve on %s: %w", l.Addr(), err)
-	}
-	return ctx.Err()
 }
 
 func registerQueues(r prometheus.Registerer, access *accesslog.Log) {

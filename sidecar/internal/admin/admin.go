@@ -7,13 +7,14 @@ package admin
 
 import (
 	"encoding/json"
+	"log/slog"
 	"net/http"
 	"sort"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/outrigger-mesh/outrigger/program"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
@@ -25,6 +26,7 @@ type Server struct {
 	Table    *table.Current
 	Clusters *upstream.Clusters
 	Metrics  prometheus.Gatherer
+	Log      *slog.Logger
 	// Ready says why the proxy is not ready; nil when it is.
 	Ready func() error
 	// Control is the state of the stream to the control plane, as JSON.
@@ -33,29 +35,24 @@ type Server struct {
 	Drain, Quit func()
 }
 
-// Health serves /ready and nothing else.
+// Health serves /healthz, /ready and /metrics, for probes.
 func (s *Server) Health() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /ready", s.ready)
+	program.Operate(mux, s.Ready, s.Metrics, s.Log)
 	return mux
 }
 
 // Scrape serves /metrics and nothing else.
 func (s *Server) Scrape() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", s.metrics())
+	mux.Handle("GET /metrics", program.Metrics(s.Metrics, s.Log))
 	return mux
-}
-
-func (s *Server) metrics() http.Handler {
-	return promhttp.HandlerFor(s.Metrics, promhttp.HandlerOpts{EnableOpenMetrics: true, MaxRequestsInFlight: 4})
 }
 
 // Admin serves everything; for loopback only.
 func (s *Server) Admin() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /ready", s.ready)
-	mux.Handle("GET /metrics", s.metrics())
+	program.Operate(mux, s.Ready, s.Metrics, s.Log)
 	mux.HandleFunc("GET /config_dump", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, map[string]any{"control_plane": s.Control(), "table": dump(s.Table.Load())})
 	})
@@ -72,14 +69,6 @@ func (s *Server) Admin() http.Handler {
 		s.Quit()
 	})
 	return mux
-}
-
-func (s *Server) ready(w http.ResponseWriter, _ *http.Request) {
-	if err := s.Ready(); err != nil {
-		http.Error(w, err.Error(), http.StatusServiceUnavailable)
-		return
-	}
-	_, _ = w.Write([]byte("ready\n")) // a prober that hangs up is no concern of ours
 }
 
 func answer(w http.ResponseWriter, v any) {

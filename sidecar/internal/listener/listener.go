@@ -52,23 +52,6 @@ func (g *Group) Active() int {
 	return len(g.conns)
 }
 
-// Listen binds address. The error names the address, what it is for and the
-// remedy.
-func Listen(address, purpose string) (*net.TCPListener, error) {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return nil, fmt.Errorf("%s: another program listens on %s: stop it, or give this one another port: %w", purpose, address, err)
-		}
-		return nil, fmt.Errorf("%s: cannot listen on %s: %w", purpose, address, err)
-	}
-	tcp, ok := l.(*net.TCPListener)
-	if !ok {
-		return nil, fmt.Errorf("%s: %s is not a TCP address", purpose, address)
-	}
-	return tcp, nil
-}
-
 // Serve accepts until ctx ends or the listener is closed, and handles each
 // connection in a goroutine of its own. handle must not keep the Conn; it is
 // closed when handle returns.

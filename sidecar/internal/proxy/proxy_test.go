@@ -22,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
+	"github.com/outrigger-mesh/outrigger/program"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
@@ -88,7 +89,7 @@ func start(t *testing.T, adjust func(*table.Cluster, *route.Route), servers ...s
 		Node: node, Table: m.table, Clusters: clusters, Conns: m.conns, Log: accesslog.New("shop", "storefront", "storefront-0"),
 		Metrics: telemetry.NewMetrics(m.registry, node), Events: slog.New(slog.DiscardHandler),
 	}
-	l, err := listener.Listen("127.0.0.1:0", "--upstream payments")
+	l, err := program.Listen(t.Context(), "--upstream payments", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
