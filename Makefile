@@ -41,7 +41,7 @@ fuzz: ## run every fuzz target for FUZZ_SECONDS (20)
 	@tools/fuzz.sh $(FUZZ_SECONDS)
 
 golden: ## rewrite the expectations of golden tests; review the diff
-	go test $$(git ls-files '*_test.go' | xargs grep -l 'flag.Bool("update"' | xargs -n1 dirname | sort -u | sed 's|^|./|') -update
+	go test $$(git ls-files '*_test.go' | xargs grep -l '"github.com/outrigger-mesh/outrigger/golden"' | xargs -n1 dirname | sort -u | sed 's|^|./|') -update
 
 peers: ## test the outputs against real servers (Elasticsearch, VictoriaMetrics, fluentd's own library)
 	@tools/peers.sh

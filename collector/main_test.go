@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -165,7 +166,7 @@ func TestWhatIsRefused(t *testing.T) {
 	f("no such file", "--config", l.dir+"/none.yaml")
 	f(`line 1: unknown key "log"; known here are admin, dataDir`, "--config", l.file("bad.yaml", "log: {}\n"))
 	f("--log-format", "--config", l.config, "--log-format", "xml")
-	f("loopback only", "--config", l.file("open.yaml", "admin: 0.0.0.0:0\nmetrics: {expose: 127.0.0.1:0}\n"))
+	f("only a loopback address", "--config", l.file("open.yaml", "admin: 0.0.0.0:0\nmetrics: {expose: 127.0.0.1:0}\n"))
 
 	stop := l.start()
 	defer stop()
@@ -184,7 +185,7 @@ func TestCheckAndVersion(t *testing.T) {
 		t.Errorf("--check made the data folder: %v", err)
 	}
 	out.Reset()
-	if err := execute(t.Context(), []string{"--version"}, &out, io.Discard); err != nil || out.Len() == 0 {
+	if err := execute(t.Context(), []string{"--version"}, &out, io.Discard); !errors.Is(err, flag.ErrHelp) || out.Len() == 0 {
 		t.Errorf("--version: %v, %q", err, out.String())
 	}
 }

@@ -3,7 +3,6 @@
 package house
 
 import (
-	"flag"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -15,8 +14,6 @@ import (
 	"strings"
 	"testing"
 )
-
-var update = flag.Bool("update", false, "rewrite docs/reference.md")
 
 const root = "../.."
 

@@ -3,22 +3,19 @@ package patch
 import (
 	"bytes"
 	"encoding/json"
-	"flag"
 	"fmt"
-	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/tools/txtar"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
-)
 
-var update = flag.Bool("update", false, "rewrite the golden files")
+	"github.com/outrigger-mesh/outrigger/golden"
+)
 
 // scenario is the file "settings" of a golden file.
 type scenario struct {
@@ -38,54 +35,26 @@ func settings(native bool) Settings {
 // of it. Whatever the manifest: a second injection changes no byte, and the JSON
 // patch of a pod, applied, gives the patched pod.
 func TestGolden(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) < 10 {
+	if files, err := filepath.Glob("testdata/*.txtar"); err != nil || len(files) < 10 {
 		t.Fatal("golden files are missing", err)
 	}
-	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
-			ar, err := txtar.ParseFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(bytes.TrimSpace(ar.Comment)) == 0 {
-				t.Error("the file has no sentence at its top")
-			}
-			in := map[string][]byte{}
-			for _, f := range ar.Files {
-				in[f.Name] = f.Data
-			}
-			var sc scenario
-			if err := yaml.UnmarshalStrict(in["settings"], &sc); err != nil {
-				t.Fatal(err)
-			}
-			ns, s := Namespace{sc.Namespace, sc.Labels}, settings(!sc.Plain)
-			out, decisions, err := YAML(in["in.yaml"], ns, s)
-			got := map[string]string{"decisions": describe(decisions), "out.yaml": string(out)}
-			if err != nil {
-				got["out.yaml"] = "error: " + err.Error() + "\n"
-			} else if again, _, err := YAML(out, ns, s); err != nil || !bytes.Equal(again, out) {
-				t.Errorf("a second injection: %v\n%s", err, cmp.Diff(string(out), string(again)))
-			}
-			checkPods(t, in["in.yaml"], ns, s)
-			if *update {
-				for i, f := range ar.Files {
-					if g, ok := got[f.Name]; ok {
-						ar.Files[i].Data = []byte(g)
-					}
-				}
-				if err := os.WriteFile(file, txtar.Format(ar), 0o600); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			for name, g := range got {
-				if diff := cmp.Diff(string(in[name]), g); diff != "" {
-					t.Errorf("%s: -want +got:\n%s", name, diff)
-				}
-			}
-		})
-	}
+	golden.Cases(t, "testdata/*.txtar", func(t *testing.T, c *golden.Case) {
+		var sc scenario
+		if err := yaml.UnmarshalStrict([]byte(c.Input("settings")), &sc); err != nil {
+			t.Fatal(err)
+		}
+		in, ns, s := []byte(c.Input("in.yaml")), Namespace{sc.Namespace, sc.Labels}, settings(!sc.Plain)
+		out, decisions, err := YAML(in, ns, s)
+		got := string(out)
+		if err != nil {
+			got = "error: " + err.Error() + "\n"
+		} else if again, _, err := YAML(out, ns, s); err != nil || !bytes.Equal(again, out) {
+			t.Errorf("a second injection: %v\n%s", err, cmp.Diff(string(out), string(again)))
+		}
+		checkPods(t, in, ns, s)
+		c.Want("decisions", describe(decisions))
+		c.Want("out.yaml", got)
+	})
 }
 
 func describe(decisions []Decision) string {

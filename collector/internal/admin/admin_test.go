@@ -14,6 +14,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/admin"
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -35,7 +36,7 @@ func TestServe(t *testing.T) {
 			Ready: func() error { return notReady },
 			Audit: func() any { return map[string]int{"pending": 3} },
 		})
-		go func() { done <- admin.Serve(ctx, l, h, log) }()
+		go func() { done <- program.Serve(ctx, l, h, log) }()
 		return "http://" + l.Addr().String(), func() {
 			cancel()
 			if err := <-done; err != nil {
@@ -79,18 +80,4 @@ func TestServe(t *testing.T) {
 	f("GET", base+"/api/v1/evidence/7", 200, "store /api/v1/evidence/7")
 	f("GET", base+"/api/v1/audit", 200, `"pending": 3`)
 	stop()
-}
-
-func TestCheckAddress(t *testing.T) {
-	f := func(ip string, ok bool) {
-		t.Helper()
-		err := admin.CheckAddress(&net.TCPAddr{IP: net.ParseIP(ip), Port: 15030})
-		if (err == nil) != ok {
-			t.Errorf("%s: %v", ip, err)
-		}
-	}
-	f("127.0.0.1", true)
-	f("::1", true)
-	f("0.0.0.0", false)
-	f("10.0.0.1", false)
 }

@@ -1,20 +1,15 @@
 package config_test
 
 import (
-	"flag"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/tools/txtar"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/config"
+	"github.com/outrigger-mesh/outrigger/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 func TestParse(t *testing.T) {
 	c, err := config.Parse([]byte(`
@@ -40,34 +35,14 @@ outputs: {local: {store: {folder: /data, retention: 48h}}, spare: {influxdb: {ur
 // Each file of testdata is a configuration with mistakes and what is said of
 // them.
 func TestMistakes(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no golden files: %v", err)
-	}
-	for _, path := range files {
-		t.Run(filepath.Base(path), func(t *testing.T) {
-			b, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			a := txtar.Parse(b)
-			_, err = config.Parse(a.Files[0].Data)
-			got := "no error\n"
-			if err != nil {
-				got = err.Error() + "\n"
-			}
-			if *update {
-				a.Files[1].Data = []byte(got)
-				if err := os.WriteFile(path, txtar.Format(a), 0o600); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if d := cmp.Diff(string(a.Files[1].Data), got); d != "" {
-				t.Errorf("errors (-want +got):\n%s", d)
-			}
-		})
-	}
+	golden.Cases(t, "testdata/*.txtar", func(_ *testing.T, c *golden.Case) {
+		_, err := config.Parse([]byte(c.Input("config.yaml")))
+		got := "no error\n"
+		if err != nil {
+			got = err.Error() + "\n"
+		}
+		c.Want("errors", got)
+	})
 }
 
 func TestTooLarge(t *testing.T) {

@@ -1,19 +1,17 @@
 package hostmetrics
 
 import (
-	"flag"
 	"log/slog"
 	"os"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/procfs"
-)
 
-var update = flag.Bool("update", false, "rewrite the golden files")
+	"github.com/outrigger-mesh/outrigger/golden"
+)
 
 // gather goes through a pedantic registry, which refuses what Describe did not announce.
 func gather(t *testing.T, root string) string {
@@ -38,20 +36,7 @@ func gather(t *testing.T, root string) string {
 func TestGolden(t *testing.T) {
 	for _, host := range []string{"node", "partial", "none"} {
 		t.Run(host, func(t *testing.T) {
-			got, file := gather(t, "testdata/"+host), "testdata/"+host+".metrics"
-			if *update {
-				if err := os.WriteFile(file, []byte(got), 0o600); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			want, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), got); diff != "" {
-				t.Errorf("-want +got:\n%s", diff)
-			}
+			golden.File(t, "testdata/"+host+".metrics", gather(t, "testdata/"+host))
 		})
 	}
 }

@@ -2,97 +2,62 @@ package query_test
 
 import (
 	"encoding/json"
-	"flag"
 	"fmt"
-	"os"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-	"golang.org/x/tools/txtar"
-
 	"github.com/outrigger-mesh/outrigger/collector/internal/query"
+	"github.com/outrigger-mesh/outrigger/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 // TestGolden runs every file of testdata: queries and what the parser makes of
 // them, how a record set answers, what the index is asked for.
 func TestGolden(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no golden files: %v", err)
-	}
-	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
-			a, err := txtar.ParseFile(file)
+	golden.Cases(t, "testdata/*.txtar", func(t *testing.T, c *golden.Case) {
+		var records []map[string]any
+		if lines, ok := c.Lookup("records"); ok {
+			for line := range strings.Lines(lines) {
+				var f map[string]any
+				if err := json.Unmarshal([]byte(line), &f); err != nil {
+					t.Fatalf("records: %v in %s", err, line)
+				}
+				records = append(records, f)
+			}
+		}
+		var out strings.Builder
+		for line := range strings.Lines(c.Input("queries")) {
+			line = strings.TrimSuffix(line, "\n")
+			fmt.Fprintf(&out, "%s\n", line)
+			e, err := query.Parse(line)
 			if err != nil {
-				t.Fatal(err)
+				fmt.Fprintf(&out, "  error: %v\n", err)
+				continue
 			}
-			parts := map[string]int{}
-			for i, f := range a.Files {
-				parts[f.Name] = i
+			fmt.Fprintf(&out, "  parsed: %v\n", e)
+			if p := query.Narrow(e); p.Match != "" || !p.From.IsZero() || !p.To.IsZero() {
+				fmt.Fprintf(&out, "  index: %s", p.Match)
+				if !p.From.IsZero() {
+					fmt.Fprintf(&out, " from %s", p.From)
+				}
+				if !p.To.IsZero() {
+					fmt.Fprintf(&out, " to %s", p.To)
+				}
+				fmt.Fprintln(&out)
 			}
-			var records []map[string]any
-			if i, ok := parts["records"]; ok {
-				for line := range strings.Lines(string(a.Files[i].Data)) {
-					var f map[string]any
-					if err := json.Unmarshal([]byte(line), &f); err != nil {
-						t.Fatalf("records: %v in %s", err, line)
-					}
-					records = append(records, f)
+			match := query.Compile(e)
+			var ids []string
+			for _, r := range records {
+				if match(r) {
+					ids = append(ids, fmt.Sprint(r["id"]))
 				}
 			}
-			var out strings.Builder
-			for line := range strings.Lines(string(a.Files[parts["queries"]].Data)) {
-				line = strings.TrimSuffix(line, "\n")
-				fmt.Fprintf(&out, "%s\n", line)
-				e, err := query.Parse(line)
-				if err != nil {
-					fmt.Fprintf(&out, "  error: %v\n", err)
-					continue
-				}
-				fmt.Fprintf(&out, "  parsed: %v\n", e)
-				if p := query.Narrow(e); p.Match != "" || !p.From.IsZero() || !p.To.IsZero() {
-					fmt.Fprintf(&out, "  index: %s", p.Match)
-					if !p.From.IsZero() {
-						fmt.Fprintf(&out, " from %s", p.From)
-					}
-					if !p.To.IsZero() {
-						fmt.Fprintf(&out, " to %s", p.To)
-					}
-					fmt.Fprintln(&out)
-				}
-				match := query.Compile(e)
-				var ids []string
-				for _, r := range records {
-					if match(r) {
-						ids = append(ids, fmt.Sprint(r["id"]))
-					}
-				}
-				if records != nil {
-					fmt.Fprintf(&out, "  matches: %s\n", strings.Join(ids, " "))
-				}
+			if records != nil {
+				fmt.Fprintf(&out, "  matches: %s\n", strings.Join(ids, " "))
 			}
-			i, ok := parts["want"]
-			if !ok {
-				a.Files = append(a.Files, txtar.File{Name: "want"})
-				i = len(a.Files) - 1
-			}
-			if *update {
-				a.Files[i].Data = []byte(out.String())
-				if err := os.WriteFile(file, txtar.Format(a), 0o644); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if diff := cmp.Diff(string(a.Files[i].Data), out.String()); diff != "" {
-				t.Errorf("%s (-want +got, -update rewrites):\n%s", file, diff)
-			}
-		})
-	}
+		}
+		c.Want("want", out.String())
+	})
 }
 
 func TestLimits(t *testing.T) {

@@ -1,19 +1,15 @@
 package scrape
 
 import (
-	"bytes"
 	"compress/gzip"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -28,61 +24,29 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"go.uber.org/goleak"
 	"go.yaml.in/yaml/v2"
-	"golang.org/x/tools/txtar"
-)
 
-var update = flag.Bool("update", false, "rewrite the golden files")
+	"github.com/outrigger-mesh/outrigger/golden"
+)
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // Each file holds a target, what it answers, and what comes out of it: an
 // exposition with our labels, or the failure.
 func TestGolden(t *testing.T) {
-	files, err := filepath.Glob("testdata/merge/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatal("no golden files", err)
-	}
 	at := time.UnixMilli(1_700_000_000_000)
-	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
-			ar, err := txtar.ParseFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(bytes.TrimSpace(ar.Comment)) == 0 {
-				t.Error("the file has no sentence at its top")
-			}
-			in := map[string]string{}
-			for _, f := range ar.Files {
-				in[f.Name] = string(f.Data)
-			}
-			var conf Target
-			if err := yaml.UnmarshalStrict([]byte(in["target"]), &conf); err != nil {
-				t.Fatal(err)
-			}
-			if err := conf.Validate(); err != nil {
-				t.Fatal(err)
-			}
-			got := golden(t, conf.withDefaults(), in["answer"], strings.TrimSpace(in["content-type"]), at)
-			if *update {
-				for i := range ar.Files {
-					if ar.Files[i].Name == "want" {
-						ar.Files[i].Data = []byte(got)
-					}
-				}
-				if err := os.WriteFile(file, txtar.Format(ar), 0o600); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if diff := cmp.Diff(in["want"], got); diff != "" {
-				t.Errorf("-want +got:\n%s", diff)
-			}
-		})
-	}
+	golden.Cases(t, "testdata/merge/*.txtar", func(t *testing.T, c *golden.Case) {
+		var conf Target
+		if err := yaml.UnmarshalStrict([]byte(c.Input("target")), &conf); err != nil {
+			t.Fatal(err)
+		}
+		if err := conf.Validate(); err != nil {
+			t.Fatal(err)
+		}
+		c.Want("want", merged(t, conf.withDefaults(), c.Input("answer"), strings.TrimSpace(c.Input("content-type")), at))
+	})
 }
 
-func golden(t *testing.T, conf Target, answer, contentType string, at time.Time) string {
+func merged(t *testing.T, conf Target, answer, contentType string, at time.Time) string {
 	t.Helper()
 	families, err := decode([]byte(answer), contentType)
 	if err != nil {

@@ -1,7 +1,6 @@
 package manifests_test
 
 import (
-	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -9,63 +8,25 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-	"golang.org/x/tools/txtar"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/manifests"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
+	"github.com/outrigger-mesh/outrigger/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 // TestGolden reads the files under input/ of each testdata/*.txtar and compares
 // the objects, by kind and name with their place, and the problems.
 func TestGolden(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no golden files: %v", err)
-	}
-	for _, path := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
-			ar, err := txtar.ParseFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(strings.TrimSpace(string(ar.Comment))) == 0 {
-				t.Errorf("%s does not say what it shows", path)
-			}
-			dir := t.TempDir()
-			var rest []txtar.File
-			want := map[string]string{}
-			for _, f := range ar.Files {
-				if name, ok := strings.CutPrefix(f.Name, "input/"); ok {
-					write(t, filepath.Join(dir, name), string(f.Data))
-					rest = append(rest, f)
-				} else {
-					want[f.Name] = string(f.Data)
-				}
-			}
-			objects, problems := newSource(dir).Load()
-			got := map[string]string{
-				"want/objects":  strings.Join(names(objects), ""),
-				"want/problems": strings.Join(lines(problems), ""),
-			}
-			if *update {
-				for _, name := range []string{"want/objects", "want/problems"} {
-					rest = append(rest, txtar.File{Name: name, Data: []byte(got[name])})
-				}
-				ar.Files = rest
-				if err := os.WriteFile(path, txtar.Format(ar), 0o600); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if d := cmp.Diff(want, got); d != "" {
-				t.Errorf("-want +got:\n%s", d)
-			}
-		})
-	}
+	golden.Cases(t, "testdata/*.txtar", func(t *testing.T, c *golden.Case) {
+		dir := t.TempDir()
+		for _, f := range c.Inputs("input/") {
+			write(t, filepath.Join(dir, f.Name), string(f.Data))
+		}
+		objects, problems := newSource(dir).Load()
+		c.Want("want/objects", strings.Join(names(objects), ""))
+		c.Want("want/problems", strings.Join(lines(problems), ""))
+	})
 }
 
 func newSource(dir string) *manifests.Source {

@@ -1,7 +1,6 @@
 package translate_test
 
 import (
-	"flag"
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
@@ -18,60 +17,43 @@ import (
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/manifests"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
+	"github.com/outrigger-mesh/outrigger/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 // TestGolden builds the mesh of each testdata/*.txtar from the files under
 // input/ and compares it, and the problems, with want/mesh and want/problems.
 // The objects are shuffled several times: their order makes no difference.
 func TestGolden(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no golden files: %v", err)
-	}
-	for _, path := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
-			ar, err := txtar.ParseFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(strings.TrimSpace(string(ar.Comment))) == 0 {
-				t.Errorf("%s does not say what it shows", path)
-			}
-			objects, got := load(t, ar)
-			m, problems := translate.Build(objects, translate.Options{})
-			for _, p := range problems {
-				got += p.String() + " [" + string(p.Reason) + "]\n"
-			}
-			compare(t, ar, path, map[string]string{"want/mesh": dump(m), "want/problems": got})
+	golden.Cases(t, "testdata/*.txtar", func(t *testing.T, c *golden.Case) {
+		objects, got := load(t, c)
+		m, problems := translate.Build(objects, translate.Options{})
+		for _, p := range problems {
+			got += p.String() + " [" + string(p.Reason) + "]\n"
+		}
+		c.Want("want/mesh", dump(m))
+		c.Want("want/problems", got)
 
-			r := rand.New(rand.NewPCG(1, 2))
-			for range 20 {
-				shuffle(r, &objects)
-				m2, problems2 := translate.Build(objects, translate.Options{})
-				if d := cmp.Diff(m, m2, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
-					t.Fatalf("the mesh depends on the order of the objects (-first +shuffled):\n%s", d)
-				}
-				if d := cmp.Diff(problems, problems2); d != "" {
-					t.Fatalf("the problems depend on the order of the objects (-first +shuffled):\n%s", d)
-				}
+		r := rand.New(rand.NewPCG(1, 2))
+		for range 20 {
+			shuffle(r, &objects)
+			m2, problems2 := translate.Build(objects, translate.Options{})
+			if d := cmp.Diff(m, m2, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
+				t.Fatalf("the mesh depends on the order of the objects (-first +shuffled):\n%s", d)
 			}
-		})
-	}
+			if d := cmp.Diff(problems, problems2); d != "" {
+				t.Fatalf("the problems depend on the order of the objects (-first +shuffled):\n%s", d)
+			}
+		}
+	})
 }
 
 // load reads the input as a user's folder is read. Problems with the files
 // come first.
-func load(t *testing.T, ar *txtar.Archive) (translate.Objects, string) {
+func load(t *testing.T, c *golden.Case) (translate.Objects, string) {
 	t.Helper()
 	dir := t.TempDir()
-	for _, f := range ar.Files {
-		name, ok := strings.CutPrefix(f.Name, "input/")
-		if !ok {
-			continue
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), f.Data, 0o600); err != nil {
+	for _, f := range c.Inputs("input/") {
+		if err := os.WriteFile(filepath.Join(dir, f.Name), f.Data, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -81,37 +63,6 @@ func load(t *testing.T, ar *txtar.Archive) (translate.Objects, string) {
 		out.WriteString(p.String() + " [" + string(p.Reason) + "]\n")
 	}
 	return objects, out.String()
-}
-
-func compare(t *testing.T, ar *txtar.Archive, path string, got map[string]string) {
-	t.Helper()
-	if *update {
-		files := ar.Files[:0]
-		for _, f := range ar.Files {
-			if _, ok := got[f.Name]; !ok {
-				files = append(files, f)
-			}
-		}
-		for _, name := range []string{"want/mesh", "want/problems"} {
-			files = append(files, txtar.File{Name: name, Data: []byte(got[name])})
-		}
-		ar.Files = files
-		if err := os.WriteFile(path, txtar.Format(ar), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	for _, f := range ar.Files {
-		if g, ok := got[f.Name]; ok {
-			if d := cmp.Diff(string(f.Data), g); d != "" {
-				t.Errorf("%s (-want +got):\n%s", f.Name, d)
-			}
-			delete(got, f.Name)
-		}
-	}
-	for name := range got {
-		t.Errorf("%s has no section %s; run with -update", path, name)
-	}
 }
 
 func shuffle(r *rand.Rand, o *translate.Objects) {

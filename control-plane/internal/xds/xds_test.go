@@ -3,133 +3,93 @@ package xds_test
 import (
 	"bytes"
 	"encoding/json"
-	"flag"
 	"maps"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-	"golang.org/x/tools/txtar"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
+	"github.com/outrigger-mesh/outrigger/golden"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 // Each file of testdata holds a mesh (mesh.json) and, in files that -update
 // rewrites, what each data plane is told of it, what the Envoy of node.json is
 // told beside it, and the parity of the policies.
 func TestGolden(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no golden files: %v", err)
-	}
-	for _, path := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
-			ar, err := txtar.ParseFile(path)
+	golden.Cases(t, "testdata/*.txtar", func(t *testing.T, c *golden.Case) {
+		var m mesh.Mesh
+		strict(t, []byte(c.Input("mesh.json")), &m)
+		var sets []*xds.Set
+		for _, dp := range xds.DataPlanes() {
+			set, err := xds.Build(&m, dp, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			in := map[string][]byte{}
-			for _, f := range ar.Files {
-				in[f.Name] = f.Data
+			sets = append(sets, set)
+		}
+		if node, ok := c.Lookup("node.json"); ok {
+			var s structpb.Struct
+			if err := s.UnmarshalJSON([]byte(node)); err != nil {
+				t.Fatal(err)
 			}
-			got := &txtar.Archive{Comment: ar.Comment}
-			add := func(name string, data []byte) {
-				got.Files = append(got.Files, txtar.File{Name: name, Data: data})
-			}
-			var m mesh.Mesh
-			strict(t, in["mesh.json"], &m)
-			add("mesh.json", in["mesh.json"])
-			var sets []*xds.Set
-			for _, dp := range xds.DataPlanes() {
-				set, err := xds.Build(&m, dp, nil)
-				if err != nil {
-					t.Fatal(err)
-				}
-				sets = append(sets, set)
-			}
-			if node := in["node.json"]; node != nil {
-				add("node.json", node)
-				var s structpb.Struct
-				if err := s.UnmarshalJSON(node); err != nil {
-					t.Fatal(err)
-				}
-				n, err := xds.ParseEnvoyNode(&s)
-				if err != nil {
-					t.Fatal(err)
-				}
-				v, err := sets[1].EnvoyView(n)
-				if err != nil {
-					t.Fatal(err)
-				}
-				listeners, err := xds.Dump(v.Listeners)
-				if err != nil {
-					t.Fatal(err)
-				}
-				clusters := slices.Sorted(maps.Keys(v.Clusters))
-				inbound := xds.Resources{}
-				for name, c := range v.Clusters {
-					if strings.HasPrefix(name, "inbound/") {
-						inbound[name] = c
-					}
-				}
-				dumped, err := xds.Dump(inbound)
-				if err != nil {
-					t.Fatal(err)
-				}
-				add("envoy-node.json", indent(t, map[string]any{
-					"listeners": listeners, "clusters": clusters, "inbound clusters": dumped, "missing": v.Missing,
-				}))
-			}
-			for _, set := range sets {
-				d, err := set.Dump()
-				if err != nil {
-					t.Fatal(err)
-				}
-				add(string(set.DataPlane)+".json", indent(t, d))
-			}
-			var notes bytes.Buffer
-			for _, s := range m.Services {
-				for _, p := range s.Ports {
-					ns := xds.BreakerParity(p.Breaker)
-					for _, r := range p.Routes {
-						ns = append(ns, xds.RetryParity(r.Retry)...)
-					}
-					for _, n := range ns {
-						if n.DataPlane == xds.Outrigger && n.Support == xds.Honoured {
-							continue
-						}
-						notes.WriteString(n.Field + " | " + string(n.DataPlane) + " | " + string(n.Support) + " | " + n.Detail + "\n")
-					}
-				}
-			}
-			if notes.Len() > 0 {
-				add("parity.txt", notes.Bytes())
-			}
-			out := txtar.Format(got)
-			if *update {
-				if err := os.WriteFile(path, out, 0o644); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			want, err := os.ReadFile(path)
+			n, err := xds.ParseEnvoyNode(&s)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(string(want), string(out)); diff != "" {
-				t.Errorf("run with -update if this is meant (-want +got):\n%s", diff)
+			v, err := sets[1].EnvoyView(n)
+			if err != nil {
+				t.Fatal(err)
 			}
-		})
-	}
+			listeners, err := xds.Dump(v.Listeners)
+			if err != nil {
+				t.Fatal(err)
+			}
+			clusters := slices.Sorted(maps.Keys(v.Clusters))
+			inbound := xds.Resources{}
+			for name, cluster := range v.Clusters {
+				if strings.HasPrefix(name, "inbound/") {
+					inbound[name] = cluster
+				}
+			}
+			dumped, err := xds.Dump(inbound)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Want("envoy-node.json", indent(t, map[string]any{
+				"listeners": listeners, "clusters": clusters, "inbound clusters": dumped, "missing": v.Missing,
+			}))
+		}
+		for _, set := range sets {
+			d, err := set.Dump()
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Want(string(set.DataPlane)+".json", indent(t, d))
+		}
+		var notes strings.Builder
+		for _, s := range m.Services {
+			for _, p := range s.Ports {
+				ns := xds.BreakerParity(p.Breaker)
+				for _, r := range p.Routes {
+					ns = append(ns, xds.RetryParity(r.Retry)...)
+				}
+				for _, n := range ns {
+					if n.DataPlane == xds.Outrigger && n.Support == xds.Honoured {
+						continue
+					}
+					notes.WriteString(n.Field + " | " + string(n.DataPlane) + " | " + string(n.Support) + " | " + n.Detail + "\n")
+				}
+			}
+		}
+		if notes.Len() > 0 {
+			c.Want("parity.txt", notes.String())
+		}
+	})
 }
 
 func strict(t *testing.T, data []byte, to any) {
@@ -141,13 +101,13 @@ func strict(t *testing.T, data []byte, to any) {
 	}
 }
 
-func indent(t *testing.T, v any) []byte {
+func indent(t *testing.T, v any) string {
 	t.Helper()
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return append(b, '\n')
+	return string(b) + "\n"
 }
 
 func shop(endpoints ...string) *mesh.Mesh {

@@ -1,44 +1,27 @@
 package breaker_test
 
 import (
-	"flag"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/golden"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
 )
-
-var update = flag.Bool("update", false, "rewrite the expected traces")
 
 // TestScripts walks each story in testdata: commands and, under "----", the
 // trace that they must leave.
 func TestScripts(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txt")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no scripts: %v", err)
-	}
-	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { runScript(t, file) })
-		})
-	}
+	golden.Scripts(t, "testdata/*.txt", func(t *testing.T, script string) (trace string) {
+		synctest.Test(t, func(t *testing.T) { trace = runScript(t, script) })
+		return trace
+	})
 }
 
-func runScript(t *testing.T, file string) {
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	script, want, ok := strings.Cut(string(text), "----\n")
-	if !ok {
-		t.Fatal("no ---- line")
-	}
+func runScript(t *testing.T, script string) string {
 	var trace strings.Builder
 	start := time.Now()
 	at := func() string { return fmt.Sprintf("%6s ", time.Since(start).Round(time.Millisecond)) }
@@ -106,15 +89,7 @@ func runScript(t *testing.T, file string) {
 			t.Fatalf("unknown command %q", f[0])
 		}
 	}
-	if *update {
-		if err := os.WriteFile(file, []byte(script+"----\n"+trace.String()), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	if trace.String() != want {
-		t.Errorf("trace of %s:\n%s\nwant:\n%s", file, trace.String(), want)
-	}
+	return trace.String()
 }
 
 func verdict(v breaker.Verdict) string {

@@ -1,20 +1,15 @@
 package http1_test
 
 import (
-	"flag"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/tools/txtar"
 
+	"github.com/outrigger-mesh/outrigger/golden"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
 )
-
-var update = flag.Bool("update", false, "rewrite testdata/accepts.txtar")
 
 // describe is everything a Head says, a line each, and then the head as it is
 // forwarded.
@@ -70,56 +65,34 @@ var edits = map[string]*http1.Edit{
 // was understood and what is forwarded with the file that follows it. The name
 // says how: "<what> | request, <edit>" or "<what> | response to <method>, <edit>".
 func TestAccepts(t *testing.T) {
-	const file = "accepts.txtar"
-	a := load(t, file)
-	var out []txtar.File
-	for i := 0; i < len(a.Files); i++ {
-		f := a.Files[i]
-		if strings.HasPrefix(f.Name, "want") {
-			continue
-		}
-		want := ""
-		if i+1 < len(a.Files) && a.Files[i+1].Name == "want" {
-			want = string(a.Files[i+1].Data)
-		}
-		_, how, _ := strings.Cut(f.Name, " | ")
+	golden.Pairs(t, "testdata/accepts.txtar", func(t *testing.T, name, message string) string {
+		_, how, _ := strings.Cut(name, " | ")
 		how, edit, _ := strings.Cut(how, ", ")
 		e, known := edits[edit]
 		if !known {
-			t.Fatalf("%s: no edit %q", f.Name, edit)
+			t.Fatalf("no edit %q", edit)
 		}
-		var got string
-		t.Run(f.Name, func(t *testing.T) {
-			b := raw(t, strings.Split(strings.TrimSuffix(string(f.Data), "\n"), "\n"))
-			parse, encode := asRequest(nil), http1.AppendRequestHead
-			if method, ok := strings.CutPrefix(how, "response to "); ok {
-				parse, encode = asResponse(nil, method), http1.AppendResponseHead
-			}
-			for _, n := range []int{1, 7, len(b)} {
-				var h http1.Head
-				m, err := feed(&h, parse, b, n)
-				if err != nil {
-					t.Fatalf("in portions of %d: %v", n, err)
-				}
-				if m != len(b) {
-					t.Errorf("consumed %d of %d bytes", m, len(b))
-				}
-				again := describe(&h, encode(nil, &h, e))
-				if got != "" && got != again {
-					t.Errorf("in portions of %d: %s", n, cmp.Diff(got, again))
-				}
-				got = again
-			}
-			if !*update && got != want {
-				t.Errorf("(-want +got)\n%s", cmp.Diff(want, got))
-			}
-		})
-		out = append(out, f, txtar.File{Name: "want", Data: []byte(got)})
-	}
-	if *update {
-		text := txtar.Format(&txtar.Archive{Comment: a.Comment, Files: out})
-		if err := os.WriteFile(filepath.Join("testdata", file), text, 0o600); err != nil {
-			t.Fatal(err)
+		b := raw(t, strings.Split(strings.TrimSuffix(message, "\n"), "\n"))
+		parse, encode := asRequest(nil), http1.AppendRequestHead
+		if method, ok := strings.CutPrefix(how, "response to "); ok {
+			parse, encode = asResponse(nil, method), http1.AppendResponseHead
 		}
-	}
+		got := ""
+		for _, n := range []int{1, 7, len(b)} {
+			var h http1.Head
+			m, err := feed(&h, parse, b, n)
+			if err != nil {
+				t.Fatalf("in portions of %d: %v", n, err)
+			}
+			if m != len(b) {
+				t.Errorf("consumed %d of %d bytes", m, len(b))
+			}
+			again := describe(&h, encode(nil, &h, e))
+			if got != "" && got != again {
+				t.Errorf("in portions of %d: %s", n, cmp.Diff(got, again))
+			}
+			got = again
+		}
+		return got
+	})
 }

@@ -1,20 +1,16 @@
 package outlier_test
 
 import (
-	"flag"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/golden"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/outlier"
 )
-
-var update = flag.Bool("update", false, "rewrite the expected traces")
 
 // TestScripts walks each story in testdata: commands and, under "----", the
 // trace that they must leave.
@@ -26,24 +22,10 @@ var update = flag.Bool("update", false, "rewrite the expected traces")
 //	sweep                        the sweep of the owner's timer
 //	ejected                      which endpoints are out
 func TestScripts(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txt")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no scripts: %v", err)
-	}
-	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) { runScript(t, file) })
-	}
+	golden.Scripts(t, "testdata/*.txt", runScript)
 }
 
-func runScript(t *testing.T, file string) {
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	script, want, ok := strings.Cut(string(text), "----\n")
-	if !ok && !*update {
-		t.Fatal("no ---- line")
-	}
+func runScript(t *testing.T, script string) string {
 	var trace strings.Builder
 	start := time.Unix(1_000_000, 0)
 	now := start
@@ -106,6 +88,7 @@ func runScript(t *testing.T, file string) {
 			for _, word := range f[1:] {
 				kind, times, ok := strings.Cut(word, "x")
 				n := 1
+				var err error
 				if ok {
 					if n, err = strconv.Atoi(times); err != nil {
 						t.Fatal(err)
@@ -125,15 +108,7 @@ func runScript(t *testing.T, file string) {
 			}
 		}
 	}
-	if *update {
-		if err := os.WriteFile(file, []byte(script+"----\n"+trace.String()), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	if got := trace.String(); got != want {
-		t.Errorf("trace:\n%s\nwant:\n%s", got, want)
-	}
+	return trace.String()
 }
 
 func policy(t *testing.T, words []string) outlier.Policy {

@@ -50,6 +50,8 @@ type mesh struct {
 	route    route.Route
 	conns    *listener.Group
 	registry *prometheus.Registry
+	clusters *upstream.Clusters
+	proxy    *proxy.Proxy
 
 	mu       sync.Mutex
 	lines    []map[string]any
@@ -89,6 +91,7 @@ func start(t *testing.T, adjust func(*table.Cluster, *route.Route), servers ...s
 		Node: node, Table: m.table, Clusters: clusters, Conns: m.conns, Log: accesslog.New("shop", "storefront", "storefront-0"),
 		Metrics: telemetry.NewMetrics(m.registry, node), Events: slog.New(slog.DiscardHandler),
 	}
+	m.clusters, m.proxy = clusters, p
 	l, err := program.Listen(t.Context(), "--upstream payments", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -1,9 +1,7 @@
 package xdsclient
 
 import (
-	"flag"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -16,9 +14,9 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"sigs.k8s.io/yaml"
-)
 
-var update = flag.Bool("update", false, "rewrite the expected output of golden files")
+	"github.com/outrigger-mesh/outrigger/golden"
+)
 
 func message(k kind) proto.Message {
 	return map[kind]proto.Message{
@@ -31,42 +29,15 @@ func message(k kind) proto.Message {
 // after their kind, each followed by what the table says of it, or by the reason
 // that goes back to the control plane.
 func TestDecode(t *testing.T) {
-	files, err := filepath.Glob("testdata/decode/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no golden files: %v", err)
-	}
-	for _, path := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
-			ar, err := txtar.ParseFile(path)
-			if err != nil {
-				t.Fatal(err)
+	golden.Pairs(t, "testdata/decode/*.txtar", func(t *testing.T, name, resource string) string {
+		var k kind
+		for k = range kinds {
+			if strings.HasPrefix(name, k.String()) {
+				break
 			}
-			out := &txtar.Archive{Comment: ar.Comment}
-			for _, f := range ar.Files {
-				if f.Name == "want" {
-					continue
-				}
-				var k kind
-				for k = range kinds {
-					if strings.HasPrefix(f.Name, k.String()) {
-						break
-					}
-				}
-				got := decodeYAML(t, k, f.Data)
-				out.Files = append(out.Files, f, txtar.File{Name: "want", Data: []byte(got)})
-			}
-			got := txtar.Format(out)
-			if *update {
-				if err := os.WriteFile(path, got, 0o600); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if want := txtar.Format(ar); string(got) != string(want) {
-				t.Errorf("got:\n%s", got)
-			}
-		})
-	}
+		}
+		return decodeYAML(t, k, []byte(resource))
+	})
 }
 
 func decodeYAML(t *testing.T, k kind, text []byte) string {
