@@ -17,16 +17,13 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"syscall"
 	"time"
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/admin"
 	"github.com/outrigger-mesh/outrigger/collector/internal/config"
@@ -42,54 +39,31 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/store"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
 	"github.com/outrigger-mesh/outrigger/collector/record"
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "collector:", err)
-		os.Exit(1)
-	}
-}
+func main() { program.Main("collector", execute) }
 
 type settings struct {
-	config, logFormat string
-	logLevel          slog.Level
-	check, version    bool
+	program.Flags
+	config string
+	check  bool
 }
 
-func parse(args []string, stderr io.Writer) (settings, error) {
+func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	var s settings
 	f := flag.NewFlagSet("collector", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&s.config, "config", "", "configuration file in YAML (required)")
 	f.BoolVar(&s.check, "check", false, "check the configuration and end; exit code 1 if something is wrong with it")
-	f.TextVar(&s.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
-	f.StringVar(&s.logFormat, "log-format", "json", "json or text")
-	f.BoolVar(&s.version, "version", false, "print the version and end")
-	if err := f.Parse(args); err != nil {
+	s.Register(f)
+	if err := s.Parse(f, args, stdout); err != nil {
 		return s, err
 	}
-	switch {
-	case s.version:
-	case f.NArg() > 0:
-		return s, fmt.Errorf("unexpected argument %q: settings are flags and the configuration file, see --help", f.Arg(0))
-	case s.config == "":
+	if s.config == "" {
 		return s, errors.New("--config is missing: give the configuration file, for example --config collector.yaml")
-	case s.logFormat != "json" && s.logFormat != "text":
-		return s, fmt.Errorf("--log-format %q: write json or text", s.logFormat)
 	}
 	return s, nil
-}
-
-func logger(s settings, to io.Writer) *slog.Logger {
-	o := &slog.HandlerOptions{Level: s.logLevel, ReplaceAttr: record.ECS}
-	if s.logFormat == "text" {
-		return slog.New(slog.NewTextHandler(to, o))
-	}
-	return slog.New(slog.NewJSONHandler(to, o)).With(record.ServiceName, "collector")
 }
 
 func load(path string) (*config.Config, error) {
@@ -106,12 +80,8 @@ func load(path string) (*config.Config, error) {
 
 // execute runs the program until ctx ends.
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	s, err := parse(args, stderr)
+	s, err := parse(args, stdout, stderr)
 	if err != nil {
-		return err
-	}
-	if s.version {
-		_, err := fmt.Fprintln(stdout, version())
 		return err
 	}
 	c, err := load(s.config)
@@ -126,7 +96,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if err != nil {
 		return err
 	}
-	log := logger(s, stderr).With(record.HostName, node)
+	log := s.Log("collector", stderr).With(record.HostName, node)
 	for _, name := range c.Unused() {
 		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
 	}
@@ -134,7 +104,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if err != nil {
 		return errors.Join(err, p.close())
 	}
-	log.Info("collector starts", "service.version", version(), "outrigger.admin_address", p.admin.Addr().String())
+	log.Info("collector starts", "service.version", program.Version(), "outrigger.admin_address", p.admin.Addr().String())
 	err = p.run(ctx)
 	err = errors.Join(err, p.close())
 	log.Info("collector stopped")
@@ -156,9 +126,9 @@ func nodeName(c *config.Config) (string, error) {
 	return n, nil
 }
 
-// program is the collector put together. Parts that the configuration does not
+// parts is the collector put together. Parts that the configuration does not
 // ask for are nil.
-type program struct {
+type parts struct {
 	log       *slog.Logger
 	admin     net.Listener
 	expose    net.Listener
@@ -172,24 +142,18 @@ type program struct {
 }
 
 // assemble makes all parts and binds all ports, so that whatever can fail fails
-// before the first line is read. Where it fails, the program has what is to be
+// before the first line is read. Where it fails, the parts have what is to be
 // closed.
-func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger) (*program, error) {
-	p := &program{log: log}
+func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger) (*parts, error) {
+	p := &parts{log: log}
 	var err error
-	if p.admin, err = p.bind(ctx, "admin", c.Admin, admin.CheckAddress); err != nil {
+	if p.admin, err = p.bind(program.ListenLoopback(ctx, "admin:", c.Admin)); err != nil {
 		return p, err
 	}
 	if err := p.lock(c.DataDir); err != nil {
 		return p, err
 	}
-	registry := prometheus.NewRegistry()
-	if err := errors.Join(
-		registry.Register(collectors.NewGoCollector()),
-		registry.Register(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})),
-	); err != nil {
-		return p, err
-	}
+	registry := program.Registry()
 	var search http.Handler
 	if c.Logs != nil {
 		if search, err = p.logs(c, node, registry); err != nil {
@@ -211,7 +175,7 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 
 // logs makes a pipeline for each output and returns the store's search, if
 // there is a store.
-func (p *program) logs(c *config.Config, node string, reg prometheus.Registerer) (search http.Handler, err error) {
+func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (search http.Handler, err error) {
 	metrics, err := pipeline.NewMetrics(reg)
 	if err != nil {
 		return nil, err
@@ -255,7 +219,7 @@ func (p *program) logs(c *config.Config, node string, reg prometheus.Registerer)
 }
 
 // measure makes what reads metrics and what shows and sends them.
-func (p *program) measure(ctx context.Context, c *config.Config, registry *prometheus.Registry) (err error) {
+func (p *parts) measure(ctx context.Context, c *config.Config, registry *prometheus.Registry) (err error) {
 	sources := []prometheus.Gatherer{registry}
 	if c.Metrics.Host {
 		host := prometheus.NewRegistry()
@@ -275,7 +239,7 @@ func (p *program) measure(ctx context.Context, c *config.Config, registry *prome
 		return err
 	}
 	if c.Metrics.Expose != "" {
-		if p.expose, err = p.bind(ctx, "metrics.expose", c.Metrics.Expose, func(net.Addr) error { return nil }); err != nil {
+		if p.expose, err = p.bind(program.Listen(ctx, "metrics.expose:", c.Metrics.Expose)); err != nil {
 			return err
 		}
 	}
@@ -292,21 +256,11 @@ func (p *program) measure(ctx context.Context, c *config.Config, registry *prome
 	return nil
 }
 
-// bind listens on the address of a field of the configuration.
-func (p *program) bind(ctx context.Context, field, address string, check func(net.Addr) error) (net.Listener, error) {
-	a, err := net.ResolveTCPAddr("tcp", address)
+// bind keeps a listener to be closed with the rest, should its server not come
+// to it.
+func (p *parts) bind(l *net.TCPListener, err error) (net.Listener, error) {
 	if err != nil {
-		return nil, fmt.Errorf("%s: %s: %w; write <ip>:<port>", field, address, err)
-	}
-	if err := check(a); err != nil {
-		return nil, fmt.Errorf("%s: %w", field, err)
-	}
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("%s: %s is in use by another program, perhaps another collector; stop that, or write another port", field, address)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %s: %w", field, address, err)
+		return nil, err
 	}
 	p.closers = append(p.closers, func() error {
 		if err := l.Close(); !errors.Is(err, net.ErrClosed) { // its server closed it
@@ -318,7 +272,7 @@ func (p *program) bind(ctx context.Context, field, address string, check func(ne
 }
 
 // lock keeps a second collector away from the checkpoints.
-func (p *program) lock(dir string) error {
+func (p *parts) lock(dir string) error {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return fmt.Errorf("dataDir: %s cannot be made: %w; name a folder that this user may write to", dir, err)
 	}
@@ -339,7 +293,7 @@ func (p *program) lock(dir string) error {
 
 // run starts all parts and waits until ctx ends or one of them does, and then
 // for all of them.
-func (p *program) run(ctx context.Context) error {
+func (p *parts) run(ctx context.Context) error {
 	var group run.Group
 	add := func(part func(context.Context) error) {
 		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -349,11 +303,11 @@ func (p *program) run(ctx context.Context) error {
 		ctx, cancel := context.WithCancel(ctx)
 		group.Add(func() error { <-ctx.Done(); return nil }, func(error) { cancel() })
 	}
-	add(func(ctx context.Context) error { return admin.Serve(ctx, p.admin, p.window, p.log) })
+	add(func(ctx context.Context) error { return program.Serve(ctx, p.admin, p.window, p.log) })
 	if p.expose != nil {
 		mux := http.NewServeMux()
 		mux.Handle("GET /metrics", p.metrics)
-		add(func(ctx context.Context) error { return admin.Serve(ctx, p.expose, mux, p.log) })
+		add(func(ctx context.Context) error { return program.Serve(ctx, p.expose, mux, p.log) })
 	}
 	var failed []error
 	results := make(chan error, len(p.pipelines)) // oklog/run keeps the first error only
@@ -380,7 +334,7 @@ func (p *program) run(ctx context.Context) error {
 }
 
 // close closes what assemble opened, in reverse.
-func (p *program) close() error {
+func (p *parts) close() error {
 	var errs []error
 	for _, c := range slices.Backward(p.closers) {
 		errs = append(errs, c())
@@ -389,7 +343,7 @@ func (p *program) close() error {
 }
 
 // audit is the answer of /api/v1/audit.
-func (p *program) audit() any {
+func (p *parts) audit() any {
 	out := struct {
 		Time    time.Time        `json:"time"`
 		Outputs []pipeline.Audit `json:"outputs"`
@@ -411,17 +365,4 @@ func ready(c *config.Config) error {
 		return fmt.Errorf("logs.folder: %w", err)
 	}
 	return d.Close()
-}
-
-// version is the module's version, or the commit that it was built from.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "vcs.revision" })
-	if v := info.Main.Version; i < 0 || (v != "" && v != "(devel)") {
-		return v
-	}
-	return info.Settings[i].Value
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/outrigger-mesh/outrigger/injector/patch"
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
 // maxManifest bounds what inject reads.
@@ -49,7 +50,7 @@ done to each object is said on standard error.`,
 	}
 	cmd.Flags().StringVarP(&file, "filename", "f", "", "manifest to read; - is standard input (required)")
 	cmd.Flags().StringVarP(&namespace, "namespace", "n", "default", "namespace of objects that name none")
-	cmd.Flags().StringVar(&s.Image, "image", "outrigger/sidecar:"+version, "image of the sidecar")
+	cmd.Flags().StringVar(&s.Image, "image", "outrigger/sidecar:"+program.Version(), "image of the sidecar")
 	cmd.Flags().StringVar(&s.ControlPlane, "control-plane", "outrigger-control-plane.outrigger-system:15012", "host:port of the control plane")
 	cmd.Flags().StringVar(&s.TrustDomain, "trust-domain", "", "SPIFFE trust domain; the sidecar's default where empty")
 	cmd.Flags().BoolVar(&s.NativeSidecar, "native-sidecar", true, "init container with restartPolicy Always (Kubernetes 1.29 and later)")

@@ -1,12 +1,12 @@
 package main
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -18,7 +18,8 @@ func (c *cli) logs() *cobra.Command {
 }
 
 func (c *cli) search() *cobra.Command {
-	var since, from, to, output string
+	var since, from, to string
+	format := textFormat
 	var limit int
 	cmd := &cobra.Command{
 		Use:   "search [QUERY]",
@@ -39,19 +40,31 @@ func (c *cli) search() *cobra.Command {
 			if from == "" {
 				set(q, "since", since)
 			}
-			var lines []string // the newest come first; people read downwards
+			var found []hit // the newest come first; people read downwards
+			var widths columns
 			err := c.records(cmd.Context(), "/api/v1/logs", q, func(line []byte, fields map[string]any) error {
-				lines = append(lines, render(output, line, fields))
+				widths.fit(fields)
+				found = append(found, hit{string(line), fields})
 				return nil
 			})
-			if err != nil {
+			out := bufio.NewWriter(c.stdout)
+			for _, h := range slices.Backward(found) {
+				if format == jsonFormat {
+					fmt.Fprintln(out, h.line)
+				} else {
+					fmt.Fprintln(out, widths.render(h.fields))
+				}
+			}
+			// What was found before a search broke off is shown with the error.
+			if err := errors.Join(err, out.Flush()); err != nil {
 				return err
 			}
-			for _, l := range slices.Backward(lines) {
-				fmt.Fprintln(c.stdout, l)
-			}
-			if len(lines) == 0 && output != "json" {
-				fmt.Fprintf(cmd.ErrOrStderr(), "no record matches within %s: widen --since, or search without a query to see what there is\n", since)
+			if len(found) == 0 && format == textFormat {
+				within := "within " + since
+				if from != "" {
+					within = "since " + from
+				}
+				fmt.Fprintf(cmd.ErrOrStderr(), "no record matches %s: look further back, or search without a query to see what there is\n", within)
 			}
 			return nil
 		},
@@ -60,12 +73,18 @@ func (c *cli) search() *cobra.Command {
 	cmd.Flags().StringVar(&from, "from", "", "begin, RFC 3339; instead of --since")
 	cmd.Flags().StringVar(&to, "to", "", "end, RFC 3339")
 	cmd.Flags().IntVar(&limit, "limit", 100, "how many records at most, 1 to 10000")
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	cmd.Flags().VarP(&format, "output", "o", "text or json")
 	return cmd
 }
 
+// hit is a record that was found.
+type hit struct {
+	line   string // as it came
+	fields map[string]any
+}
+
 func (c *cli) tail() *cobra.Command {
-	var output string
+	format := textFormat
 	cmd := &cobra.Command{
 		Use:   "tail [QUERY]",
 		Short: "Follow the logs as they come, until interrupted",
@@ -73,31 +92,23 @@ func (c *cli) tail() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			q := url.Values{"follow": {"true"}}
 			set(q, "query", first(args))
+			var widths columns
 			return c.records(cmd.Context(), "/api/v1/logs", q, func(line []byte, fields map[string]any) error {
-				_, err := fmt.Fprintln(c.stdout, render(output, line, fields))
+				if warning := text(fields, "warning"); warning != "" && len(fields) == 1 {
+					fmt.Fprintln(cmd.ErrOrStderr(), "warning:", clean(warning))
+					return nil
+				}
+				shown := string(line)
+				if format == textFormat {
+					shown = widths.render(fields)
+				}
+				_, err := fmt.Fprintln(c.stdout, shown)
 				return err
 			})
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	cmd.Flags().VarP(&format, "output", "o", "text or json")
 	return cmd
-}
-
-func (c *cli) audit() *cobra.Command {
-	return &cobra.Command{
-		Use:   "audit",
-		Short: "Account for every line: written = acknowledged + dropped + pending, per file and output",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			body, err := c.get(cmd.Context(), "/api/v1/audit", nil)
-			if err != nil {
-				return err
-			}
-			defer func() { _ = body.Close() }() // the answer has been read or given up
-			_, err = io.Copy(c.stdout, body)
-			return err
-		},
-	}
 }
 
 func set(q url.Values, name, value string) {
@@ -111,38 +122,4 @@ func first(args []string) string {
 		return ""
 	}
 	return args[0]
-}
-
-// render is one record as a line: time, service, level, message, and what joins
-// it to others.
-func render(output string, line []byte, f map[string]any) string {
-	if output == "json" {
-		return string(line)
-	}
-	var b strings.Builder
-	stamp := text(f, "@timestamp")
-	if len(stamp) > 23 {
-		stamp = stamp[:23]
-	}
-	fmt.Fprintf(&b, "%s %-12s %-5s %s", stamp, text(f, "service.name"), text(f, "log.level"), text(f, "message"))
-	if d := text(f, "outrigger.direction"); d != "" {
-		fmt.Fprintf(&b, " [%s %s]", d, text(f, "outrigger.destination"))
-	}
-	if id := text(f, "trace.id"); id != "" {
-		fmt.Fprintf(&b, " trace.id=%s", id)
-	}
-	return b.String()
-}
-
-func text(f map[string]any, name string) string {
-	switch v := f[name].(type) {
-	case nil:
-		return ""
-	case string:
-		return v
-	case float64:
-		return strconv.FormatFloat(v, 'f', -1, 64)
-	default:
-		return fmt.Sprint(v)
-	}
 }

@@ -4,29 +4,21 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := execute(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr); err != nil && !errors.Is(err, context.Canceled) {
-		fmt.Fprintln(os.Stderr, "outrigger:", err)
-		os.Exit(1)
-	}
+	program.Main("outrigger", func(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+		return execute(ctx, args, os.Stdin, stdout, stderr)
+	})
 }
-
-// version is set by the linker.
-var version = "dev"
 
 // defaultCollector is where a collector answers unless told otherwise.
 const defaultCollector = "127.0.0.1:15030"
@@ -44,7 +36,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 	root := &cobra.Command{
 		Use:           "outrigger",
 		Short:         "Ask the mesh: search logs, explain breakers, audit, inject",
-		Version:       version,
+		Version:       program.Version(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

@@ -105,11 +105,13 @@ func (c *cli) whyBreaker(ctx context.Context, id string) error {
 }
 
 func (c *cli) whyRequest(ctx context.Context, id string) error {
-	var lines []string
+	var found []map[string]any
+	var widths columns
 	var advice []string
 	query := fmt.Sprintf("trace.id:%q OR http.request.id:%q", id, id)
-	err := c.records(ctx, "/api/v1/logs", url.Values{"query": {query}, "since": {"24h"}, "limit": {"1000"}}, func(line []byte, f map[string]any) error {
-		lines = append(lines, render("text", line, f))
+	err := c.records(ctx, "/api/v1/logs", url.Values{"query": {query}, "since": {"24h"}, "limit": {"1000"}}, func(_ []byte, f map[string]any) error {
+		widths.fit(f)
+		found = append(found, f)
 		if a := explain(f); a != "" && !slices.Contains(advice, a) {
 			advice = append(advice, a)
 		}
@@ -122,12 +124,12 @@ func (c *cli) whyRequest(ctx context.Context, id string) error {
 		}
 		return err
 	}
-	if len(lines) == 0 {
+	if len(found) == 0 {
 		return fmt.Errorf("no record of the last 24 h has trace.id or http.request.id %s: is it whole, and does its node ship logs to this collector?", id)
 	}
-	fmt.Fprintf(c.stdout, "Request %s, %d records:\n\n", id, len(lines))
-	for _, l := range slices.Backward(lines) {
-		fmt.Fprintln(c.stdout, "  "+l)
+	fmt.Fprintf(c.stdout, "Request %s, %d records:\n\n", id, len(found))
+	for _, f := range slices.Backward(found) {
+		fmt.Fprintln(c.stdout, widths.render(f))
 	}
 	if len(advice) > 0 {
 		fmt.Fprintln(c.stdout, "\nWhat the flags mean:")

@@ -2,45 +2,23 @@
 // readiness, metrics, the audit of the logs, and the embedded store's search.
 //
 // It knows HTTP; what it shows comes from functions and handlers that main hands
-// it. It serves loopback only, because the store shows every log of the node.
+// it. It is to be served on loopback only, because the store shows every log of the node.
 package admin
 
 import (
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
-	"golang.org/x/net/netutil"
+
+	"github.com/outrigger-mesh/outrigger/program"
 )
 
-// Limits of a server.
-const (
-	MaxConnections = 128 // more wait to be accepted
-	maxScrapes     = 4   // at once; more are answered 503
-	maxHeader      = 16 << 10
-	readTimeout    = 5 * time.Second
-	writeTimeout   = 30 * time.Second // of what is not streamed
-	idleTimeout    = 2 * time.Minute
-	stopTimeout    = 3 * time.Second
-)
-
-// ErrNotLoopback says that logs would be shown to a network.
-var ErrNotLoopback = errors.New("the admin endpoint is served on loopback only")
-
-// CheckAddress refuses an address that is not loopback.
-func CheckAddress(a net.Addr) error {
-	if t, ok := a.(*net.TCPAddr); ok && t.IP.IsLoopback() {
-		return nil
-	}
-	return fmt.Errorf("%w: %s is not; write 127.0.0.1:15030", ErrNotLoopback, a)
-}
+// writeTimeout bounds what is not streamed.
+const writeTimeout = 30 * time.Second
 
 // Options are what is shown. Functions are called once a request, from any
 // goroutine.
@@ -59,17 +37,7 @@ type Options struct {
 // Handler serves /healthz, /ready, /metrics, /api/v1/audit and the store.
 func Handler(o Options) http.Handler {
 	own := http.NewServeMux()
-	own.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(o.Log, w, http.StatusOK, "ok\n") })
-	own.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
-		if err := o.Ready(); err != nil {
-			answer(o.Log, w, http.StatusServiceUnavailable, "not ready: "+err.Error()+"\n")
-			return
-		}
-		answer(o.Log, w, http.StatusOK, "ready\n")
-	})
-	own.Handle("GET /metrics", promhttp.HandlerFor(o.Gatherer, promhttp.HandlerOpts{
-		MaxRequestsInFlight: maxScrapes, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
-	}))
+	program.Operate(own, o.Ready, o.Gatherer, o.Log)
 	own.HandleFunc("GET /api/v1/audit", func(w http.ResponseWriter, _ *http.Request) {
 		b, err := json.MarshalIndent(o.Audit(), "", "  ")
 		if err != nil {
@@ -77,7 +45,7 @@ func Handler(o Options) http.Handler {
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
-		answer(o.Log, w, http.StatusOK, string(b)+"\n")
+		program.Answer(w, o.Log, http.StatusOK, string(b)+"\n")
 	})
 	bounded := http.TimeoutHandler(own, writeTimeout, "timed out\n")
 	mux := http.NewServeMux()
@@ -91,46 +59,4 @@ func Handler(o Options) http.Handler {
 		})
 	}
 	return mux
-}
-
-func answer(log *slog.Logger, w http.ResponseWriter, status int, body string) {
-	if w.Header().Get("Content-Type") == "" {
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	}
-	w.WriteHeader(status)
-	if _, err := w.Write([]byte(body)); err != nil {
-		log.Debug("admin client went away", "error.message", err.Error())
-	}
-}
-
-// Serve serves h on l until ctx ends. Requests that are under way then get a
-// few seconds; streams are cut. It closes l.
-func Serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
-	s := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: readTimeout,
-		ReadTimeout:       readTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		// Streams end with the server.
-		BaseContext: func(net.Listener) context.Context { return ctx },
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- s.Serve(netutil.LimitListener(l, MaxConnections)) }()
-	select {
-	case err := <-ended:
-		return fmt.Errorf("serving %s: %w", l.Addr(), err)
-	case <-ctx.Done():
-	}
-	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-	defer cancel()
-	err := s.Shutdown(sctx)
-	if err != nil {
-		err = s.Close()
-	}
-	if e := <-ended; !errors.Is(e, http.ErrServerClosed) {
-		err = errors.Join(err, e)
-	}
-	return err
 }
