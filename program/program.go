@@ -8,6 +8,7 @@
 package program
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -78,8 +79,17 @@ func (f *Flags) Register(fs *flag.FlagSet) {
 // Parse parses args, which may hold flags only. It returns flag.ErrHelp where
 // --version was asked for, having printed it to stdout.
 func (f *Flags) Parse(fs *flag.FlagSet, args []string, stdout io.Writer) error {
-	if err := fs.Parse(args); err != nil {
+	// A mistake is said once, by Main; the flags are listed for --help only.
+	said, usage := fs.Output(), &bytes.Buffer{}
+	fs.SetOutput(usage)
+	err := fs.Parse(args)
+	fs.SetOutput(said)
+	if errors.Is(err, flag.ErrHelp) {
+		_, _ = said.Write(usage.Bytes()) // to the terminal of someone who asked
 		return err
+	}
+	if err != nil {
+		return fmt.Errorf("%w; --help lists the flags", err)
 	}
 	switch {
 	case f.version:

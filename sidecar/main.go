@@ -86,6 +86,11 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	if c.Instance == "" {
 		c.Instance = c.Workload + "-0"
 	}
+	if host, _, err := net.SplitHostPort(c.ControlPlane); err != nil {
+		return c, fmt.Errorf("--control-plane %q is not host:port: %w", c.ControlPlane, err)
+	} else if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return c, fmt.Errorf("--control-plane %s is not on this machine: configuration is not fetched in clear over a network; use a loopback address until the control plane serves TLS", c.ControlPlane)
+	}
 	if c.otlpRatio < 0 || c.otlpRatio > 1 {
 		return c, fmt.Errorf("--trace-ratio %v is not a share: write a number from 0 to 1", c.otlpRatio)
 	}
@@ -113,7 +118,8 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	events := &events{log: log, access: access, metrics: metrics}
 	clusters := upstream.New(newEvidenceID, events.breaker, events.ejection)
 	registry.MustRegister(admin.Gauges{Clusters: clusters})
-	registerQueues(registry, access)
+	conns := &listener.Group{}
+	registerQueues(registry, access, conns)
 	var spans *telemetry.Spans
 	if cfg.otlpEndpoint != "" {
 		if spans, err = telemetry.NewSpans(ctx, cfg.otlpEndpoint, cfg.otlpRatio, cfg.Config); err != nil {
@@ -135,7 +141,6 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			return err
 		}
 	}
-	conns := &listener.Group{}
 	carrier := &proxy.Proxy{Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics, Spans: spans, Events: log}
 
 	// Everything that can fail has failed before the first goroutine starts.
@@ -261,12 +266,13 @@ func (b *binder) closeUnused() {
 	}
 }
 
-func registerQueues(r prometheus.Registerer, access *accesslog.Log) {
+func registerQueues(r prometheus.Registerer, access *accesslog.Log, conns *listener.Group) {
 	count := func(name, help string, f func() uint64) {
 		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(f()) }))
 	}
 	count("outrigger_access_log_dropped_total", "Access log lines dropped because the queue of "+strconv.Itoa(accesslog.Queue)+" was full.", access.Dropped)
 	count("outrigger_access_log_failed_total", "Access log lines that could not be written.", access.Failed)
+	count("outrigger_connections_refused_total", "Connections closed unserved: "+strconv.Itoa(listener.MaxConnections)+" were open, or the system had no room for more.", conns.Refused)
 }
 
 func newEvidenceID() string {

@@ -31,14 +31,20 @@ type result struct {
 	client bool
 	// final: another attempt could not go better, or would have no time.
 	final bool
-	why   string
+	// tunnel: the upstream has switched protocols, and its connection is still
+	// ours.
+	tunnel bool
+	why    string
 }
 
 // attemptAll makes attempts until one is passed on to the client.
 func (x *exchange) attemptAll() bool {
 	b := x.cluster.Breaker()
 	for {
-		retrying := x.attempts > 0
+		release := func() {}
+		if x.attempts > 0 {
+			release = x.cluster.ReleaseRetry
+		}
 		verdict := breaker.Verdict{Admit: true}
 		if b != nil {
 			verdict = b.Allow(time.Now())
@@ -47,15 +53,18 @@ func (x *exchange) attemptAll() bool {
 				x.Metrics.Rejected(x.key, x.rejected, "breaker", b.Policy().Observe)
 			}
 			if !verdict.Admit {
+				release()
 				return x.overflowOpen(b, verdict)
 			}
 		}
 		r := x.attemptOnce(b, verdict)
-		if retrying {
-			x.cluster.ReleaseRetry()
-		}
+		release()
 		if r.client {
 			x.clientGone(r)
+			return false
+		}
+		if r.tunnel {
+			x.fwd.converse()
 			return false
 		}
 		if x.answered {
@@ -69,10 +78,18 @@ func (x *exchange) attemptAll() bool {
 			var flags accesslog.Flags
 			if r.held, flags = x.reserveRetry(r); !r.held {
 				x.flags |= r.flags | flags
+				if r.flags&accesslog.UO != 0 {
+					return x.overflow(r.why)
+				}
 				return x.reply(r.status, r.why)
 			}
 		}
 		x.backOff()
+		if x.in.gone() {
+			x.cluster.ReleaseRetry()
+			x.clientGone(result{client: true, why: errClientGone.Error()})
+			return false
+		}
 	}
 }
 
@@ -80,54 +97,71 @@ func (x *exchange) attemptAll() bool {
 func (x *exchange) attemptOnce(b *breaker.Breaker, v breaker.Verdict) (r result) {
 	x.attempts++
 	x.Metrics.Attempt(x.key, x.attempts > 1)
-	start := time.Now()
-	ep := x.cluster.Pick(x.tried)
-	if ep == nil {
-		if b != nil {
-			b.Abandon(v.Ticket) // nothing was tried, so nothing is known
-		}
+	f := &x.fwd
+	f.begin(x, b, v)
+	f.endpoint = x.cluster.Pick(x.tried)
+	if f.endpoint == nil {
+		f.abandon() // nothing was tried, so nothing is known
 		return result{failure: retry.ConnectFailure, status: 503, flags: accesslog.UH, why: x.cluster.Name + " has no healthy endpoint", final: true}
 	}
-	x.tried = append(x.tried, ep)
-	x.upstream = ep.Name
-	c, err := ep.Get(context.Background())
+	x.tried = append(x.tried, f.endpoint)
+	x.upstream = f.endpoint.Name
+	c, err := f.endpoint.Get(context.Background(), f.until)
+	var limit upstream.Limit
 	switch {
-	case errors.Is(err, upstream.ErrLimit):
-		if b != nil {
-			b.Abandon(v.Ticket)
-		}
-		policy := x.cluster.Config().Policy
-		x.rejected = policy
-		x.Metrics.Rejected(x.key, policy, "connections", false)
-		return result{status: 503, flags: accesslog.UO, why: policy + ": limit of connections or pending requests is reached", final: true}
+	case errors.As(err, &limit):
+		f.abandon()
+		x.overLimit(string(limit), false)
+		return result{status: 503, flags: accesslog.UO, why: limit.Error(), final: true}
 	case err != nil:
-		r = result{failure: retry.ConnectFailure, status: 503, flags: accesslog.UF, why: "cannot connect to " + ep.Name + ": " + cause(err)}
+		r = f.unconnected(err)
 	default:
-		if c.OverLimit {
-			x.rejected = x.cluster.Config().Policy
-			x.Metrics.Rejected(x.key, x.rejected, "connections", true)
+		if c.Over != "" {
+			x.overLimit(string(c.Over), true)
 		}
-		r = x.forward(c)
+		f.c = c
+		r = f.run()
 	}
-	x.classify(b, v, ep, r, start)
+	f.classify(r)
 	return r
 }
 
-// classify tells everyone who decides about later requests how this one went.
-func (x *exchange) classify(b *breaker.Breaker, v breaker.Verdict, ep *upstream.Endpoint, r result, start time.Time) {
-	now := time.Now()
+// overLimit counts what a limit of the cluster's policy rejected, or would have.
+func (x *exchange) overLimit(limit string, observe bool) {
+	x.rejected = x.cluster.Config().Policy
+	x.Metrics.Rejected(x.key, x.rejected, limit, observe)
+}
+
+// abandon ends the attempt's ticket without an outcome.
+func (f *forwarding) abandon() {
+	f.classified = true
+	if f.breaker != nil {
+		f.breaker.Abandon(f.verdict.Ticket)
+	}
+}
+
+// classify tells everyone who decides about later requests how the attempt
+// went: once, which may be before a response that lasts has ended.
+func (f *forwarding) classify(r result) {
+	if f.classified {
+		return
+	}
 	if r.client {
-		if b != nil {
-			b.Abandon(v.Ticket)
-		}
+		f.abandon()
 		return
 	}
-	ep.Observe(now, now.Sub(start))
-	x.cluster.Record(now, ep, outlier.Result{Status: r.status, LocalOrigin: r.failure != retry.None})
-	if b == nil {
+	f.classified = true
+	x, now := f.exchange, time.Now()
+	took := now.Sub(f.begun)
+	if r.failure == retry.None {
+		took = f.heard.Sub(f.begun) // what follows depends on the client, too
+	}
+	f.endpoint.Observe(now, took)
+	x.cluster.Record(now, f.endpoint, outlier.Result{Status: r.status, LocalOrigin: r.failure != retry.None})
+	if f.breaker == nil {
 		return
 	}
-	o := breaker.Outcome{At: start, Duration: now.Sub(start), Status: r.status, Flags: r.flags.String(), Endpoint: ep.Name}
+	o := breaker.Outcome{At: f.begun, Duration: took, Ended: now, Status: r.status, Flags: r.flags.String(), Endpoint: f.endpoint.Name}
 	switch r.failure {
 	case retry.None:
 		o.Failed = breaker.StatusFailures(r.status)
@@ -139,7 +173,7 @@ func (x *exchange) classify(b *breaker.Breaker, v breaker.Verdict, ep *upstream.
 		o.Status, o.Failed = 0, breaker.FailReset|breaker.FailGatewayError
 	}
 	o.Describe(x.trace.TraceID[:], x.req.Method, x.urlPath)
-	b.Done(v.Ticket, &o)
+	f.breaker.Done(f.verdict.Ticket, &o)
 }
 
 // reserveRetry decides about another attempt after r and takes its place in the
@@ -160,9 +194,15 @@ func (x *exchange) reserveRetry(r result) (bool, accesslog.Flags) {
 	if !x.deadline.IsZero() && time.Now().Add(p.BackoffBase).After(x.deadline) {
 		return false, 0
 	}
-	if !x.cluster.AcquireRetry() {
-		x.cluster.ReleaseRetry()
+	allowed, over := x.cluster.AcquireRetry()
+	switch {
+	case over:
+		x.overLimit("retries", allowed)
+	case !allowed: // the budget
 		x.Metrics.Rejected(x.key, p.Name, "retries", false)
+	}
+	if !allowed {
+		x.cluster.ReleaseRetry()
 		return false, accesslog.URX
 	}
 	return true, 0
@@ -195,6 +235,9 @@ func statusOf(r result) int {
 
 // attemptHeader marks the attempt for the other side and for its logs.
 func (x *exchange) attemptHeader() {
+	if !x.outbound { // the caller's sidecar has
+		return
+	}
 	n := len(x.edit.Set)
 	if n > 0 && x.edit.Set[n-1].Name == "x-outrigger-attempt" {
 		n--

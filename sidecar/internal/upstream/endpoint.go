@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -13,16 +12,32 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
 )
 
-// ErrLimit says that the limit on connections or on pending requests is reached.
-var ErrLimit = errors.New("limit reached")
+// Limit names a limit of a cluster, as metrics do. As an error it says that the
+// limit is reached.
+type Limit string
 
-// Endpoint is one address of a cluster with the connections to it.
+// The limits on connecting.
+const (
+	Connections     Limit = "connections"
+	PendingRequests Limit = "pending_requests"
+)
+
+// Error implements error.
+func (l Limit) Error() string { return "limit on " + string(l) + " is reached" }
+
+// Endpoint is one address of a cluster as one configuration describes it. Those
+// of later configurations share the pool, so that a change of health or weight
+// closes no connection and forgets no latency.
 type Endpoint struct {
 	balance.Endpoint
-	Address netip.AddrPort
 	Name    string // the address as text
 	cluster *Cluster
+	*pool
+}
 
+// pool is what is kept of an address: its connections, and how busy and how
+// slow it is.
+type pool struct {
 	active  atomic.Int64
 	ejected atomic.Bool
 
@@ -33,10 +48,10 @@ type Endpoint struct {
 }
 
 // Ejected reports whether outlier detection has taken the endpoint out.
-func (e *Endpoint) Ejected() bool { return e.ejected.Load() }
+func (p *pool) Ejected() bool { return p.ejected.Load() }
 
 // Active is how many exchanges are in flight.
-func (e *Endpoint) Active() int64 { return e.active.Load() }
+func (p *pool) Active() int64 { return p.active.Load() }
 
 // load is what balance.Pick compares: requests in flight, scaled by the latency
 // that the endpoint has shown.
@@ -54,38 +69,33 @@ type Conn struct {
 	// Reused: an earlier exchange has used it, so the server may have closed it
 	// while it idled.
 	Reused bool
-	// OverLimit: in Observe mode, a limit would have refused the connection.
-	OverLimit bool
+	// Over is the limit that would have refused the connection in Enforce mode;
+	// empty where none would.
+	Over Limit
 
-	raw      syscall.RawConn
-	check    func(fd uintptr) bool // made once: a closure a checkout would allocate
-	alive    bool
-	since    time.Time // when it became idle
-	returned bool
+	raw   syscall.RawConn
+	check func(fd uintptr) // made once: a closure a checkout would allocate
+	alive bool
+	since time.Time // when it became idle
 }
 
 // Get borrows a connection for one exchange: an idle one that is still open, or
-// a new one. It must be ended by Put or Discard. The error is ErrLimit, or what
-// connecting met.
-func (e *Endpoint) Get(ctx context.Context) (*Conn, error) {
-	e.active.Add(1)
+// a new one, made before deadline (zero: none). It must be ended by Put or
+// Discard. Deadlines that the last exchange set are still on it. The error is a
+// Limit, or what connecting met.
+func (e *Endpoint) Get(ctx context.Context, deadline time.Time) (*Conn, error) {
 	for {
 		c := e.popIdle()
 		if c == nil {
-			break
+			return e.Dial(ctx, deadline)
 		}
 		if c.open() {
-			c.Reused, c.OverLimit, c.returned = true, false, false
+			e.active.Add(1)
+			c.Endpoint, c.Reused, c.Over = e, true, ""
 			return c, nil
 		}
 		c.close()
 	}
-	c, err := e.dial(ctx)
-	if err != nil {
-		e.active.Add(-1)
-		return nil, err
-	}
-	return c, nil
 }
 
 func (e *Endpoint) popIdle() *Conn {
@@ -100,17 +110,32 @@ func (e *Endpoint) popIdle() *Conn {
 	return c
 }
 
-// dial counts the request as pending while it connects, as Envoy does.
-func (e *Endpoint) dial(ctx context.Context) (*Conn, error) {
-	limits, observe := e.cluster.Config().Limits, e.cluster.Config().LimitsObserve
-	okConn := within(&e.cluster.connections, limits.Connections)
-	okPending := within(&e.cluster.pending, limits.PendingRequests)
-	defer e.cluster.pending.Add(-1)
-	if !observe && !(okConn && okPending) {
-		e.cluster.connections.Add(-1)
-		return nil, ErrLimit
+// Dial is Get for who cannot take a connection that has been used.
+func (e *Endpoint) Dial(ctx context.Context, deadline time.Time) (c *Conn, err error) {
+	e.active.Add(1)
+	if c, err = e.dial(ctx, deadline); err != nil {
+		e.active.Add(-1)
 	}
-	d := net.Dialer{Timeout: connectTimeout, KeepAlive: 30 * time.Second}
+	return c, err
+}
+
+// dial counts the request as pending while it connects, as Envoy does.
+func (e *Endpoint) dial(ctx context.Context, deadline time.Time) (*Conn, error) {
+	cfg := e.cluster.Config()
+	var over Limit
+	if !within(&e.cluster.pending, cfg.Limits.PendingRequests) {
+		over = PendingRequests
+	}
+	defer e.cluster.pending.Add(-1)
+	// A connection that idles at another endpoint is no reason to refuse this one.
+	if !within(&e.cluster.connections, cfg.Limits.Connections) && !e.cluster.spare(!cfg.LimitsObserve) {
+		over = Connections
+	}
+	if over != "" && !cfg.LimitsObserve {
+		e.cluster.connections.Add(-1)
+		return nil, over
+	}
+	d := net.Dialer{Timeout: connectTimeout, Deadline: deadline, KeepAlive: 30 * time.Second}
 	nc, err := d.DialContext(ctx, "tcp", e.Name)
 	if err != nil {
 		e.cluster.connections.Add(-1)
@@ -120,7 +145,7 @@ func (e *Endpoint) dial(ctx context.Context) (*Conn, error) {
 	if !ok {
 		panic("upstream: a TCP dialer returned another connection")
 	}
-	c := &Conn{TCPConn: tcp, Endpoint: e, OverLimit: !okConn || !okPending}
+	c := &Conn{TCPConn: tcp, Endpoint: e, Over: over}
 	if c.raw, err = tcp.SyscallConn(); err != nil {
 		c.close()
 		return nil, err
@@ -134,9 +159,8 @@ func (e *Endpoint) Put(c *Conn, now time.Time) {
 	e.active.Add(-1)
 	c.since = now
 	e.mu.Lock()
-	keep := !e.retired && len(e.idle) < maxIdle && !c.returned
+	keep := !e.retired && len(e.idle) < maxIdle
 	if keep {
-		c.returned = true
 		e.idle = append(e.idle, c)
 	}
 	e.mu.Unlock()
@@ -152,47 +176,50 @@ func (e *Endpoint) Discard(c *Conn) {
 }
 
 // Observe tells how long an exchange took.
-func (e *Endpoint) Observe(now time.Time, d time.Duration) {
-	e.mu.Lock()
-	e.latency.Observe(now, d)
-	e.mu.Unlock()
+func (p *pool) Observe(now time.Time, d time.Duration) {
+	p.mu.Lock()
+	p.latency.Observe(now, d)
+	p.mu.Unlock()
 }
 
-func (e *Endpoint) closeIdle(before time.Time) {
-	e.mu.Lock()
+func (p *pool) closeIdle(before time.Time) {
+	p.mu.Lock()
 	n := 0
 	if before.IsZero() {
-		n = len(e.idle)
+		n = len(p.idle)
 	}
-	for n < len(e.idle) && e.idle[n].since.Before(before) {
+	for n < len(p.idle) && p.idle[n].since.Before(before) {
 		n++
 	}
-	gone := append([]*Conn(nil), e.idle[:n]...)
-	e.idle = append(e.idle[:0], e.idle[n:]...)
-	e.mu.Unlock()
+	gone := append([]*Conn(nil), p.idle[:n]...)
+	p.idle = append(p.idle[:0], p.idle[n:]...)
+	p.mu.Unlock()
 	for _, c := range gone {
 		c.close()
 	}
 }
 
-func (e *Endpoint) retire() {
-	e.mu.Lock()
-	e.retired = true
-	e.mu.Unlock()
-	e.closeIdle(time.Time{})
+// spare reports whether a connection idles, and closes it if take is set. The
+// one idle for longest goes.
+func (p *pool) spare(take bool) bool {
+	p.mu.Lock()
+	if len(p.idle) == 0 || !take {
+		defer p.mu.Unlock()
+		return len(p.idle) > 0
+	}
+	c := p.idle[0]
+	p.idle = append(p.idle[:0], p.idle[1:]...)
+	p.mu.Unlock()
+	c.close()
+	return true
 }
 
-// takeOver moves what is known of an address to its new description.
-func (e *Endpoint) takeOver(old *Endpoint) {
-	old.mu.Lock()
-	idle, latency := old.idle, old.latency
-	old.idle, old.retired = nil, true
-	old.mu.Unlock()
-	for _, c := range idle {
-		c.Endpoint = e
-	}
-	e.idle, e.latency = idle, latency
-	e.ejected.Store(old.ejected.Load())
+// retire closes what idles; what is in use is closed when it comes back.
+func (p *pool) retire() {
+	p.mu.Lock()
+	p.retired = true
+	p.mu.Unlock()
+	p.closeIdle(time.Time{})
 }
 
 func (c *Conn) close() {
@@ -202,18 +229,18 @@ func (c *Conn) close() {
 }
 
 // open looks whether the server has closed the connection, or has sent what
-// nobody asked for, while it idled.
+// nobody asked for, while it idled. It heeds no deadline: the last exchange's
+// has usually passed.
 func (c *Conn) open() bool {
 	c.alive = false
-	if err := c.raw.Read(c.check); err != nil {
+	if err := c.raw.Control(c.check); err != nil {
 		return false
 	}
 	return c.alive
 }
 
-func (c *Conn) peek(fd uintptr) bool {
+func (c *Conn) peek(fd uintptr) {
 	var b [1]byte
 	_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 	c.alive = errors.Is(err, syscall.EAGAIN)
-	return true
 }

@@ -117,6 +117,7 @@ func (cs *Clusters) Run(ctx context.Context, current *table.Current) error {
 
 func (cs *Clusters) sweep(now time.Time, t *table.Table) {
 	for _, c := range cs.All() {
+		cs.For(t, c.Name) // a new configuration counts even where no request comes
 		cs.mu.Lock()
 		gone := t.Clusters[c.Name] == nil && !cs.pinned[c.Name] && c.requests.Load() == 0
 		if gone {
@@ -124,7 +125,11 @@ func (cs *Clusters) sweep(now time.Time, t *table.Table) {
 		}
 		cs.mu.Unlock()
 		if gone {
-			c.closeIdle(time.Time{})
+			// A request may have got hold of it just before: what it borrows is
+			// closed when it comes back, for no sweep would find it here again.
+			for _, e := range c.Endpoints() {
+				e.retire()
+			}
 			continue
 		}
 		c.closeIdle(now.Add(-idleTimeout))
@@ -171,16 +176,20 @@ func (c *Cluster) apply(want *table.Cluster, cs *Clusters) {
 	for _, e := range c.Endpoints() {
 		old[e.Address] = e
 	}
+	known := make(map[netip.AddrPort]bool, len(want.Endpoints))
 	next := make([]*Endpoint, 0, len(want.Endpoints))
 	addresses := make([]netip.AddrPort, 0, len(want.Endpoints))
 	for _, ep := range want.Endpoints {
+		if known[ep.Address] { // twice the same would be two pools of which one is lost
+			continue
+		}
+		known[ep.Address] = true
 		e := old[ep.Address]
-		if e == nil || e.Endpoint != ep {
-			fresh := &Endpoint{Endpoint: ep, Address: ep.Address, Name: ep.Address.String(), cluster: c}
-			if e != nil { // same address, other metadata: the connections are as good as before
-				fresh.takeOver(e)
-			}
-			e = fresh
+		switch {
+		case e == nil:
+			e = &Endpoint{Endpoint: ep, Name: ep.Address.String(), cluster: c, pool: &pool{}}
+		case e.Endpoint != ep: // same address, other metadata: the connections are as good as before
+			e = &Endpoint{Endpoint: ep, Name: e.Name, cluster: c, pool: e.pool}
 		}
 		delete(old, ep.Address)
 		next = append(next, e)
@@ -214,6 +223,9 @@ func (c *Cluster) apply(want *table.Cluster, cs *Clusters) {
 	}
 	c.outliersMu.Unlock()
 	c.applied.Store(want)
+	if most := want.Limits.Connections; most > 0 && c.connections.Load() > int64(most) {
+		c.closeIdle(time.Time{}) // connections from before the limit
+	}
 }
 
 func (c *Cluster) closeIdle(before time.Time) {
@@ -222,19 +234,32 @@ func (c *Cluster) closeIdle(before time.Time) {
 	}
 }
 
+// spare reports whether a connection of the cluster idles, and closes it if take
+// is set.
+func (c *Cluster) spare(take bool) bool {
+	for _, e := range c.Endpoints() {
+		if e.spare(take) {
+			return true
+		}
+	}
+	return false
+}
+
 // Pick chooses an endpoint with balance.Pick, leaving out the unhealthy, the
 // ejected, and tried, the endpoints of earlier attempts, unless nothing else is
 // left. Nil where the cluster has no healthy endpoint.
 func (c *Cluster) Pick(tried []*Endpoint) *Endpoint {
 	eps := c.Endpoints()
-	load := func(i int) float64 { return eps[i].load() }
+	// Latencies are estimates: noise of a half keeps a difference of a few per
+	// cent from sending every request to one of two equals.
+	load := func(i int) float64 { return eps[i].load() * (0.5 + rand.Float64()) }
 	usable := func(i int) bool { return eps[i].Healthy && !eps[i].ejected.Load() }
 	i := balance.Pick(len(eps), load, func(i int) bool {
 		if !usable(i) {
 			return true
 		}
 		for _, t := range tried {
-			if t == eps[i] {
+			if t.pool == eps[i].pool {
 				return true
 			}
 		}
@@ -298,12 +323,13 @@ func (c *Cluster) AcquireRequest() bool { return within(&c.requests, c.Config().
 func (c *Cluster) ReleaseRequest() { c.requests.Add(-1) }
 
 // AcquireRetry counts a retry in flight and says whether both the limit and the
-// budget allow it. Every call must be followed by ReleaseRetry.
-func (c *Cluster) AcquireRetry() bool {
+// budget allow it, and whether it is over the limit, which in Observe mode is
+// allowed. Every call must be followed by ReleaseRetry.
+func (c *Cluster) AcquireRetry() (allowed, over bool) {
 	cfg := c.Config()
-	before := int(c.retries.Load())
-	ok := within(&c.retries, cfg.Limits.Retries)
-	return cfg.Budget.Allows(int(c.requests.Load()), before) && ok
+	n := c.retries.Add(1)
+	over = cfg.Limits.Retries > 0 && n > int64(cfg.Limits.Retries)
+	return cfg.Budget.Allows(int(c.requests.Load()), int(n-1)) && (!over || cfg.LimitsObserve), over
 }
 
 // ReleaseRetry ends what AcquireRetry began.
