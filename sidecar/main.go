@@ -120,12 +120,6 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	registry.MustRegister(admin.Gauges{Clusters: clusters})
 	conns := &listener.Group{}
 	registerQueues(registry, access, conns)
-	var spans *telemetry.Spans
-	if cfg.otlpEndpoint != "" {
-		if spans, err = telemetry.NewSpans(ctx, cfg.otlpEndpoint, cfg.otlpRatio, cfg.Config); err != nil {
-			return fmt.Errorf("--otlp-endpoint %q: %w", cfg.otlpEndpoint, err)
-		}
-	}
 
 	// Who tells us, and who carries.
 	state := ""
@@ -141,7 +135,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			return err
 		}
 	}
-	carrier := &proxy.Proxy{Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics, Spans: spans, Events: log}
+	carrier := &proxy.Proxy{Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics, Events: log}
 
 	// Everything that can fail has failed before the first goroutine starts.
 	ctx, quit := context.WithCancel(ctx)
@@ -165,6 +159,13 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	healthListener := binder.bind(cfg.health, "--health-address")
 	if binder.err != nil {
 		return binder.err
+	}
+	var spans *telemetry.Spans // its exporter is the first goroutine
+	if cfg.otlpEndpoint != "" {
+		if spans, err = telemetry.NewSpans(ctx, cfg.otlpEndpoint, cfg.otlpRatio, cfg.Config); err != nil {
+			return fmt.Errorf("--otlp-endpoint %q: %w", cfg.otlpEndpoint, err)
+		}
+		carrier.Spans = spans
 	}
 
 	var g run.Group

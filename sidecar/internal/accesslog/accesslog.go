@@ -21,8 +21,12 @@ import (
 // Queue is how many lines may wait for the writer.
 const Queue = 4096
 
-// maxPath is how many bytes of a path are logged.
-const maxPath = 1024
+// How much of what a stranger wrote is logged: a head may hold 64 KiB, and the
+// lines of a full queue must fit into memory.
+const (
+	maxPath = 1024
+	maxText = 256 // of every other field
+)
 
 // Entry is what is known of a request when it has ended. Byte slices may alias
 // a connection's buffer: Write copies.
@@ -139,7 +143,7 @@ func (l *Log) Write(e *Entry) {
 	b = appendField(b, "network.protocol", e.Protocol)
 	if len(e.Method) > 0 {
 		b = appendBytes(b, "http.request.method", e.Method)
-		b = appendBytes(b, "url.path", e.Path[:min(len(e.Path), maxPath)])
+		b = append(appendEscaped(append(b, `,"url.path":"`...), e.Path[:min(len(e.Path), maxPath)]), '"')
 		b = appendBytes(b, "url.domain", e.Host)
 	}
 	if len(e.UserAgent) > 0 {
@@ -226,7 +230,7 @@ func appendNonEmpty(b []byte, name, value string) []byte {
 
 func appendBytes(b []byte, name string, value []byte) []byte {
 	b = append(append(append(b, `,"`...), name...), `":"`...)
-	return append(appendEscaped(b, value), '"')
+	return append(appendEscaped(b, value[:min(len(value), maxText)]), '"')
 }
 
 func appendInt(b []byte, name string, v int64) []byte {

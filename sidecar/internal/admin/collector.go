@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,10 +18,10 @@ type Gauges struct {
 }
 
 var (
-	breakerState = prometheus.NewDesc("outrigger_breaker_state", "State of a breaker: 0 closed, 1 half-open, 2 open.", []string{"destination_service", "policy", "mode"}, nil)
-	limitCurrent = prometheus.NewDesc("outrigger_limit_current", "How much of a limit is in use.", []string{"destination_service", "limit"}, nil)
-	limitMax     = prometheus.NewDesc("outrigger_limit_max", "The limit; absent where there is none.", []string{"destination_service", "limit"}, nil)
-	endpoints    = prometheus.NewDesc("outrigger_endpoints", "Endpoints of a destination: healthy, unhealthy or ejected.", []string{"destination_service", "state"}, nil)
+	breakerState = prometheus.NewDesc("outrigger_breaker_state", "State of a breaker: 0 closed, 1 half-open, 2 open.", []string{"destination_service", "destination_port", "policy", "mode"}, nil)
+	limitCurrent = prometheus.NewDesc("outrigger_limit_current", "How much of a limit is in use.", []string{"destination_service", "destination_port", "limit"}, nil)
+	limitMax     = prometheus.NewDesc("outrigger_limit_max", "The limit; absent where there is none.", []string{"destination_service", "destination_port", "limit"}, nil)
+	endpoints    = prometheus.NewDesc("outrigger_endpoints", "Endpoints of a destination: healthy, unhealthy or ejected.", []string{"destination_service", "destination_port", "state"}, nil)
 )
 
 // Describe implements prometheus.Collector.
@@ -39,8 +40,9 @@ func (g Gauges) Collect(ch chan<- prometheus.Metric) {
 			continue // the application itself: no policy guards it
 		}
 		service := name + "." + namespace + ".svc"
+		_, port, _ := strings.Cut(c.Name, ":") // each port of a Service is a cluster of its own
 		gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, append([]string{service}, labels...)...)
+			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, append([]string{service, port}, labels...)...)
 		}
 		if b := c.Breaker(); b != nil {
 			state, _ := b.State(now)

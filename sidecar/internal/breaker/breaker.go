@@ -161,6 +161,9 @@ func (b *Breaker) Done(t Ticket, o *Outcome) {
 	}
 	b.mu.Lock()
 	b.now = o.At.Add(o.Duration)
+	if o.Ended.After(b.now) {
+		b.now = o.Ended
+	}
 	failure := o.Failed&b.policy.FailureOn != 0
 	slow := b.policy.SlowCallThreshold > 0 && o.Duration >= b.policy.SlowCallThreshold
 	if t.generation != b.generation { // begun before the state changed: it says nothing about this one

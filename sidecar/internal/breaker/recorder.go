@@ -9,8 +9,12 @@ const recorded = 64
 // Outcome is how one attempt went: what the breaker counts and the flight
 // recorder keeps. It holds no pointer into a connection's buffer.
 type Outcome struct {
-	At       time.Time
+	At time.Time
+	// Duration until the response began, or the attempt failed.
 	Duration time.Duration
+	// Ended is when the outcome became known, where that is later than At and
+	// Duration say.
+	Ended time.Time
 	// Status of the response; 0 where there was none.
 	Status int
 	// Failed is which words of failureOn describe the outcome.

@@ -65,8 +65,9 @@ func (g *Group) Serve(ctx context.Context, l *net.TCPListener, handle func(*Conn
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) {
-				// Out of descriptors: those in use must end before more are accepted.
+			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ECONNABORTED) {
+				// Out of descriptors or memory: those in use must end before more are
+				// accepted.
 				g.refused.Add(1)
 				time.Sleep(backoff)
 				backoff = min(2*backoff, time.Second)
@@ -133,8 +134,7 @@ func (g *Group) Drain(ctx context.Context) (forced int) {
 	g.draining.Store(true)
 	for c := range g.conns {
 		if c.idle {
-			// Wakes the reader; a request whose first bytes are already here is lost
-			// to it no more than to any keep-alive race, and the client retries it.
+			// Wakes the reader, who still serves a request whose first bytes are here.
 			_ = c.SetReadDeadline(time.Unix(1, 0))
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
@@ -40,9 +41,9 @@ type exchange struct {
 	start     time.Time
 	deadline  time.Time // of the request with all attempts; zero is none
 	trace     telemetry.TraceContext
-	parent    [55]byte // traceparent as written
-	attempt   [2]byte  // x-outrigger-attempt as written
-	pathBuf   []byte
+	parent    [55]byte  // traceparent as written
+	attempt   [2]byte   // x-outrigger-attempt as written
+	pathBuf   [256]byte // of a path that was not normal; a longer one is allocated
 	targetBuf []byte
 	urlPath   []byte
 	query     []byte
@@ -54,6 +55,7 @@ type exchange struct {
 	cluster *upstream.Cluster
 	held    bool // a request of the cluster's limit
 	tried   []*upstream.Endpoint
+	fwd     forwarding // the attempt being made
 
 	replay     []byte // what was read of the request's body
 	replayable bool   // replay is all of it so far
@@ -73,8 +75,8 @@ type exchange struct {
 
 // serveHTTP serves the requests of one connection, in order, until it ends.
 func (p *path) serveHTTP(ctx context.Context, c *listener.Conn) {
-	x := &exchange{path: p, ctx: ctx, conn: c, source: c.RemoteAddr().String()}
-	if err := x.in.reset(c.TCPConn); err != nil {
+	x := &exchange{path: p, ctx: ctx, conn: c, source: c.RemoteAddr().String(), in: reader{nc: c.TCPConn}}
+	if err := x.in.watch(); err != nil {
 		return
 	}
 	defer x.in.release()
@@ -82,7 +84,11 @@ func (p *path) serveHTTP(ctx context.Context, c *listener.Conn) {
 	for {
 		if x.in.r == x.in.w {
 			x.releaseOut()
-			if !c.Idle() || c.SetReadDeadline(time.Now().Add(idleTimeout)) != nil || x.in.wait() != nil {
+			// The deadline first: Drain sets a nearer one on connections that idle.
+			if c.SetReadDeadline(time.Now().Add(idleTimeout)) != nil {
+				return
+			}
+			if !c.Idle() && !x.in.arrived() || x.in.wait() != nil {
 				return
 			}
 			c.Busy()
@@ -132,7 +138,7 @@ func (x *exchange) begin() {
 	x.deadline = time.Time{}
 	x.req.Reset()
 	x.edit = http1.Edit{}
-	x.pathBuf, x.lookups, x.replay, x.tried = x.pathBuf[:0], x.lookups[:0], x.replay[:0], x.tried[:0]
+	x.lookups, x.replay, x.tried = x.lookups[:0], x.replay[:0], x.tried[:0]
 	x.urlPath, x.query = nil, nil
 	x.table, x.dest, x.route, x.cluster, x.held = nil, nil, nil, nil, false
 	x.bodyDone, x.replayable, x.pumped = true, false, 0
@@ -185,9 +191,7 @@ func (x *exchange) refuse(err error) bool {
 	var bad *http1.Error
 	switch {
 	case errors.As(err, &bad):
-		x.Metrics.ProtocolError("downstream", bad.Reason)
-		x.flags |= accesslog.DPE
-		x.reply(bad.Status, bad.Reason+": "+bad.Detail)
+		x.protocolError(bad)
 	case errors.Is(err, os.ErrDeadlineExceeded) && x.in.r < x.in.w:
 		x.Metrics.ProtocolError("downstream", "head_timeout")
 		x.flags |= accesslog.DPE
@@ -198,6 +202,17 @@ func (x *exchange) refuse(err error) bool {
 	x.req.Reset() // what was parsed of it is not to be trusted
 	x.finish()
 	x.lingeringClose()
+	return false
+}
+
+// protocolError answers what the codec refused. What it quotes of the request
+// goes to the client alone: a target or a Host may hold a password or a token.
+func (x *exchange) protocolError(bad *http1.Error) bool {
+	x.Metrics.ProtocolError("downstream", bad.Reason)
+	x.flags |= accesslog.DPE
+	x.reply(bad.Status, bad.Reason+": "+bad.Detail)
+	plain, _, _ := strings.Cut(bad.Detail, `: "`)
+	x.detail = bad.Reason + ": " + plain
 	return false
 }
 
@@ -218,12 +233,10 @@ func (x *exchange) normalise() bool {
 		x.mustClose = true // what follows is the tunnel that it asked for
 		return x.reply(405, "CONNECT is not allowed through this port")
 	}
-	p, q, err := http1.NormalizePath(x.pathBuf, x.req.Target)
+	p, q, err := http1.NormalizePath(x.pathBuf[:0], x.req.Target)
 	if err != nil {
-		x.Metrics.ProtocolError("downstream", err.Reason)
-		x.flags |= accesslog.DPE
 		x.mustClose = true
-		return x.reply(err.Status, err.Reason+": "+err.Detail)
+		return x.protocolError(err)
 	}
 	x.urlPath, x.query = p, q
 	if q == nil {
@@ -352,7 +365,7 @@ func (x *exchange) reply(status int, why string, headers ...http1.Pair) bool {
 	text := []byte("outrigger: " + why + "\n")
 	h := http1.Head{Status: status, Minor: 1}
 	e := http1.Edit{
-		Framing: http1.Length, Length: int64(len(text)), Close: x.mustClose || !x.bodyDone,
+		Framing: http1.Length, Length: int64(len(text)), Close: x.mustClose || !x.bodyDone, KeepAlive: x.req.Minor == 0,
 		Set: append(headers, http1.Pair{Name: "content-type", Value: []byte("text/plain; charset=utf-8")}, http1.Pair{Name: "server", Value: []byte("outrigger")},
 			http1.Pair{Name: "x-outrigger-response-flags", Value: []byte(x.flags.String())}),
 	}

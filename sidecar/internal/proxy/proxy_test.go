@@ -43,7 +43,7 @@ const key = "shop/payments:80"
 
 // mesh is a sidecar whose outbound port leads to real servers on loopback.
 type mesh struct {
-	t        *testing.T
+	t        testing.TB
 	addr     string
 	table    *table.Current
 	cluster  table.Cluster
@@ -53,6 +53,7 @@ type mesh struct {
 	clusters *upstream.Clusters
 	proxy    *proxy.Proxy
 
+	quiet    bool // throw the access log away
 	mu       sync.Mutex
 	lines    []map[string]any
 	evidence []breaker.Evidence
@@ -60,7 +61,7 @@ type mesh struct {
 }
 
 // start runs a sidecar in front of the servers. adjust may change its policies.
-func start(t *testing.T, adjust func(*table.Cluster, *route.Route), servers ...string) *mesh {
+func start(t testing.TB, adjust func(*table.Cluster, *route.Route), servers ...string) *mesh {
 	t.Helper()
 	m := &mesh{t: t, table: &table.Current{}, conns: &listener.Group{}, registry: prometheus.NewRegistry(), logs: make(chan struct{}, 10000)}
 	m.cluster = table.Cluster{Name: key, Policy: "shop/payments", Budget: retry.Budget{Percent: 20, MinConcurrency: 3}}
@@ -117,6 +118,9 @@ func start(t *testing.T, adjust func(*table.Cluster, *route.Route), servers ...s
 
 // Write takes the access log.
 func (m *mesh) Write(b []byte) (int, error) {
+	if m.quiet {
+		return len(b), nil
+	}
 	var line map[string]any
 	if err := json.Unmarshal(b, &line); err != nil {
 		m.t.Errorf("access log is not JSON: %s", b)

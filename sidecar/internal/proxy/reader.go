@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 )
@@ -30,30 +31,45 @@ type reader struct {
 	waitErr error
 }
 
-func (b *reader) reset(nc *net.TCPConn) error {
-	*b = reader{nc: nc, raw: b.raw, ready: b.ready}
-	raw, err := nc.SyscallConn()
-	if err != nil {
-		return err
-	}
-	b.raw = raw
-	if b.ready == nil {
-		b.ready = b.peek
-	}
-	return nil
+// watch makes wait, arrived and gone possible.
+func (b *reader) watch() (err error) {
+	b.raw, err = b.nc.SyscallConn()
+	b.ready = b.peek
+	return err
 }
 
 // wait returns when there is a byte to read, an error, or the read deadline,
-// without holding a buffer meanwhile.
+// without holding a buffer meanwhile. A byte that has come counts even if the
+// deadline has passed.
 func (b *reader) wait() error {
 	if b.r < b.w {
 		return nil
 	}
 	b.waitErr = nil
 	if err := b.raw.Read(b.ready); err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) && b.arrived() {
+			return nil
+		}
 		return err
 	}
 	return b.waitErr
+}
+
+// arrived reports whether there is a byte to read.
+func (b *reader) arrived() bool { return b.look() && b.waitErr == nil }
+
+// gone reports whether the peer has ended the connection, or we have. Bytes that
+// it sent before hide that.
+func (b *reader) gone() bool { return b.look() && b.waitErr != nil }
+
+// look peeks without waiting and reports whether there was anything to see.
+func (b *reader) look() (seen bool) {
+	b.waitErr = nil
+	if err := b.raw.Control(func(fd uintptr) { seen = b.peek(fd) }); err != nil {
+		b.waitErr = err
+		return true
+	}
+	return seen
 }
 
 func (b *reader) peek(fd uintptr) bool {
@@ -95,6 +111,9 @@ func (b *reader) fill() error {
 		} else {
 			grown := make([]byte, 2*len(b.buf))
 			copy(grown, b.buf[:b.w])
+			if b.base > 0 {
+				b.giveBackLater()
+			}
 			b.giveBack()
 			b.buf = grown
 		}

@@ -45,9 +45,12 @@ func (p *path) relay(ctx context.Context, c *listener.Conn, clusterName string) 
 		return
 	}
 	defer cluster.ReleaseRequest()
-	if !cluster.AcquireRequest() && !cluster.Config().LimitsObserve {
-		e.Flags, e.Detail = accesslog.UO, "limit of requests in flight is reached"
-		return
+	if !cluster.AcquireRequest() {
+		observe := cluster.Config().LimitsObserve
+		p.overLimit(cluster, &e, "requests", observe)
+		if !observe {
+			return
+		}
 	}
 	up := p.connect(ctx, cluster, &e, trace.TraceID[:])
 	if up == nil {
@@ -86,12 +89,13 @@ func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *access
 		e.Attempts++
 		p.Metrics.Attempt(p.key, e.Attempts > 1)
 		start := time.Now()
-		up, err := ep.Get(ctx)
-		if errors.Is(err, upstream.ErrLimit) {
+		up, err := ep.Dial(ctx, time.Time{})
+		var limit upstream.Limit
+		if errors.As(err, &limit) {
 			if b != nil {
 				b.Abandon(v.Ticket)
 			}
-			e.Flags, e.Detail = accesslog.UO, "limit of connections is reached"
+			p.overLimit(cluster, e, string(limit), false)
 			return nil
 		}
 		now := time.Now()
@@ -105,6 +109,10 @@ func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *access
 			b.Done(v.Ticket, &o)
 		}
 		if err == nil {
+			e.Flags, e.Detail = 0, "" // of the attempts before
+			if up.Over != "" {
+				p.overLimit(cluster, e, string(up.Over), true)
+			}
 			return up
 		}
 		e.Upstream, e.Flags, e.Detail = ep.Name, accesslog.UF, "cannot connect to "+ep.Name+": "+err.Error()
@@ -115,6 +123,15 @@ func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *access
 		}
 	}
 	return nil
+}
+
+// overLimit counts what a limit rejected, or in Observe mode would have.
+func (p *path) overLimit(c *upstream.Cluster, e *accesslog.Entry, limit string, observe bool) {
+	e.Breaker = c.Config().Policy
+	p.Metrics.Rejected(p.key, e.Breaker, limit, observe)
+	if !observe {
+		e.Flags, e.Detail = accesslog.UO, "limit on "+limit+" is reached"
+	}
 }
 
 // tunnel carries bytes both ways until both sides have ended, passing each half-

@@ -8,6 +8,7 @@
 package telemetry
 
 import (
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,8 +39,41 @@ type Metrics struct {
 
 	tcpOpened, tcpClosed, tcpSent, tcpReceived *prometheus.CounterVec
 
-	series sync.Map // Request -> *requestSeries
-	count  atomic.Int64
+	series    cache[Request, *requestSeries]
+	attempted cache[attempt, prometheus.Counter]
+}
+
+// cache keeps what was looked up once. Reading it costs no lock and no
+// allocation; it is copied for every new entry, which the bound on series
+// affords.
+type cache[K comparable, V any] struct {
+	mu sync.Mutex
+	m  atomic.Pointer[map[K]V]
+}
+
+// get returns the value of k. What is new is looked up, given how many are kept
+// already, and kept if keep says so.
+func (c *cache[K, V]) get(k K, lookUp func(k K, known int) (v V, keep bool)) V {
+	if m := c.m.Load(); m != nil {
+		if v, ok := (*m)[k]; ok {
+			return v
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	next := map[K]V{}
+	if m := c.m.Load(); m != nil {
+		if v, ok := (*m)[k]; ok {
+			return v
+		}
+		maps.Copy(next, *m)
+	}
+	v, keep := lookUp(k, len(next))
+	if keep {
+		next[k] = v
+		c.m.Store(&next)
+	}
+	return v
 }
 
 var requestLabels = []string{
@@ -93,19 +127,12 @@ type requestSeries struct {
 
 // Observe counts a request that took d.
 func (m *Metrics) Observe(k Request, d time.Duration) {
-	if v, ok := m.series.Load(k); ok {
-		if s, ok := v.(*requestSeries); ok {
-			s.total.Inc()
-			s.duration.Observe(d.Seconds())
-		}
-		return
-	}
-	s := m.make(k)
+	s := m.series.get(k, m.request)
 	s.total.Inc()
 	s.duration.Observe(d.Seconds())
 }
 
-func (m *Metrics) make(k Request) *requestSeries {
+func (m *Metrics) request(k Request, known int) (*requestSeries, bool) {
 	labels := []string{"destination", "unknown", "unknown"}
 	if k.Outbound {
 		labels = []string{"source", m.node.Workload, m.node.Namespace}
@@ -113,20 +140,17 @@ func (m *Metrics) make(k Request) *requestSeries {
 	namespace, service := Service(k.Destination)
 	labels = append(labels, service+"."+namespace+".svc", service, namespace, k.Protocol)
 	code, flags := strconv.Itoa(k.Status), k.Flags.String()
-	if m.count.Add(1) > maxSeries {
-		m.count.Add(-1)
+	if known >= maxSeries {
 		for i := range labels {
 			labels[i] = "overflow"
 		}
 		code, flags = "overflow", "overflow"
-		return &requestSeries{m.requests.WithLabelValues(append(labels, code, flags)...), m.duration.WithLabelValues(append(labels, code)...)}
+		return &requestSeries{m.requests.WithLabelValues(append(labels, code, flags)...), m.duration.WithLabelValues(append(labels, code)...)}, false
 	}
-	s := &requestSeries{
+	return &requestSeries{
 		total:    m.requests.WithLabelValues(append(labels[:len(labels):len(labels)], code, flags)...),
 		duration: m.duration.WithLabelValues(append(labels[:len(labels):len(labels)], code)...),
-	}
-	m.series.Store(k, s)
-	return s
+	}, true
 }
 
 // Service splits <namespace>/<service>:<port> as labels want it.
@@ -146,11 +170,20 @@ func serviceLabel(key string) string {
 
 // Attempt counts an attempt; retry tells the second and later ones.
 func (m *Metrics) Attempt(destination string, retry bool) {
+	m.attempted.get(attempt{destination, retry}, m.attempt).Inc()
+}
+
+type attempt struct {
+	destination string
+	retry       bool
+}
+
+func (m *Metrics) attempt(k attempt, known int) (prometheus.Counter, bool) {
 	kind := "original"
-	if retry {
+	if k.retry {
 		kind = "retry"
 	}
-	m.attempts.WithLabelValues(serviceLabel(destination), kind).Inc()
+	return m.attempts.WithLabelValues(serviceLabel(k.destination), kind), known < maxSeries
 }
 
 // Rejected counts what a breaker or limit rejected, or would have. Cause is
