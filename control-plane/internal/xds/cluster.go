@@ -55,7 +55,12 @@ func cluster(key string, p mesh.Port, dp DataPlane) *clusterv3.Cluster {
 	if dp == Envoy {
 		// Without this, Envoy sends requests to ejected and unready endpoints
 		// once more than half of them are out: a breaker that closes under load.
-		c.CommonLbConfig = &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}}
+		c.CommonLbConfig = &clusterv3.Cluster_CommonLbConfig{
+			HealthyPanicThreshold: &typev3.Percent{Value: 0},
+			// By default Envoy gathers changes of health for 1 s: the second endpoint
+			// to be ejected would fail requests all that time.
+			UpdateMergeWindow: durationpb.New(0),
+		}
 	}
 	return c
 }

@@ -233,7 +233,7 @@ func httpLogFields(direction string) map[string]string {
 		"http.request.method":       "%REQ(:METHOD)%",
 		"http.request.id":           "%REQ(X-REQUEST-ID)%",
 		"http.response.status_code": "%RESPONSE_CODE%",
-		"url.path":                  "%REQ(:PATH)%",
+		"url.path":                  "%PATH(NQ:PATH)%", // the query may hold secrets
 		"url.domain":                "%REQ(:AUTHORITY)%",
 		"http.version":              "%PROTOCOL%",
 		"source.address":            "%DOWNSTREAM_REMOTE_ADDRESS%",
