@@ -100,7 +100,18 @@ func (a *account) taken() (n int64) {
 	return n
 }
 
-func (a *account) pending() int64 { return a.written - a.taken() }
+// covered is how many bytes the position says are settled. It is kept apart from
+// taken, so that an account that does not close shows: were pending what is left
+// over of written, every account would.
+func (a *account) covered() int64 {
+	n := a.offset
+	for _, s := range a.above {
+		n += s.End - s.Start
+	}
+	return n
+}
+
+func (a *account) pending() int64 { return a.written - a.covered() }
 
 // Ledger is the book of one output. It is not safe for concurrent use. The zero
 // value is not ready; use New or Decode.
@@ -250,32 +261,32 @@ func (l *Ledger) Files() []Statement {
 
 // Total is the sum of all accounts, closed ones included.
 func (l *Ledger) Total() Totals {
-	sum := l.past
+	sum, pending := l.past, int64(0)
 	for _, a := range l.files {
 		sum.written += a.written
+		pending += a.pending()
 		for c, n := range a.settled {
 			sum.settled[c] += n
 		}
 	}
-	return sum.totals()
+	return sum.totals(pending)
 }
 
-// Past is the sum of the closed accounts.
-func (l *Ledger) Past() Totals { return l.past.totals() }
+// Past is the sum of the closed accounts, of which nothing is pending.
+func (l *Ledger) Past() Totals { return l.past.totals(0) }
 
 // Check returns an error that names the first account whose settled bytes are
 // not the bytes of its position, or more than were written: a broken invariant.
 func (l *Ledger) Check() error {
 	for file, a := range l.files {
-		covered := a.offset
 		last := a.offset
 		for _, s := range a.above {
 			if s.Start <= last || s.End <= s.Start {
 				return fmt.Errorf("account of %s (%s): span %v does not lie above %d", file, a.path, s, last)
 			}
-			covered += s.End - s.Start
 			last = s.End
 		}
+		covered := a.covered()
 		if covered != a.taken() || a.taken() > a.written {
 			return fmt.Errorf("account of %s (%s): position covers %d bytes, settled are %d, written %d", file, a.path, covered, a.taken(), a.written)
 		}
@@ -284,11 +295,11 @@ func (l *Ledger) Check() error {
 }
 
 func (a *account) statement(file string) Statement {
-	return Statement{File: file, Path: a.path, Totals: a.totals()}
+	return Statement{File: file, Path: a.path, Totals: a.totals(a.pending())}
 }
 
-func (a *account) totals() Totals {
-	t := Totals{Written: a.written, Acknowledged: a.settled[Acknowledged], Pending: a.pending()}
+func (a *account) totals(pending int64) Totals {
+	t := Totals{Written: a.written, Acknowledged: a.settled[Acknowledged], Pending: pending}
 	for _, c := range Drops() {
 		if n := a.settled[c]; n > 0 {
 			if t.Dropped == nil {

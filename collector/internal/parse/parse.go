@@ -9,8 +9,11 @@ package parse
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"io"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -40,13 +43,72 @@ func Record(r *record.Record) Outcome {
 		r.Body = strings.ToValidUTF8(r.Body, "\uFFFD")
 	}
 	if body := strings.TrimSpace(r.Body); len(body) > 2 && body[0] == '{' && body[len(body)-1] == '}' {
-		var object map[string]any
-		if err := json.Unmarshal([]byte(body), &object); err == nil {
+		if object, ok := decode(body); ok {
 			return structured(r, object)
 		}
 	}
 	text(r)
 	return Outcome{}
+}
+
+// decode reads a JSON object. Numbers become float64, but for those that a
+// float64 would change (an id of 17 digits, nanoseconds since 1970): they keep
+// their digits, as text.
+func decode(body string) (object map[string]any, ok bool) {
+	if !longNumber(body) {
+		return object, json.Unmarshal([]byte(body), &object) == nil
+	}
+	d := json.NewDecoder(strings.NewReader(body))
+	d.UseNumber()
+	if d.Decode(&object) != nil {
+		return nil, false
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, false
+	}
+	exact(object)
+	return object, true
+}
+
+// longNumber reports whether there may be a number in s that a float64 does not
+// hold: more than 15 digits in a row, or an exponent of three.
+func longNumber(s string) bool {
+	run := 0
+	for i := range len(s) {
+		switch c := s[i]; {
+		case '0' <= c && c <= '9':
+			if run++; run > 15 {
+				return true
+			}
+		case (c == 'e' || c == 'E') && run > 0:
+			run = 13
+		case (c == '+' || c == '-') && run == 13:
+		default:
+			run = 0
+		}
+	}
+	return false
+}
+
+// exact replaces the numbers within v, which is a map or a list, in place.
+func exact(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		for k, x := range v {
+			v[k] = exact(x)
+		}
+	case []any:
+		for i, x := range v {
+			v[i] = exact(x)
+		}
+	case json.Number:
+		n, err := v.Float64()
+		if err != nil || !strings.ContainsAny(string(v), ".eE") && strconv.FormatFloat(n, 'f', -1, 64) != string(v) {
+			return string(v)
+		}
+		return n
+	}
+	return v
 }
 
 func structured(r *record.Record, object map[string]any) Outcome {

@@ -46,6 +46,12 @@ func TestRecord(t *testing.T) {
 			Body:       `{"time":1700000000,"level":"loud","message":{"a":1},"trace_id":"xyz"}`,
 			Attributes: attrs{"time": 1700000000.0, "level": "loud", "message.a": 1.0, "trace_id": "xyz"},
 		}, 0)
+	// A number that a float64 would change keeps its digits, as text.
+	f(`{"msg":"m","id":12345678901234567,"ts":1763931600123456789,"ids":[1,9007199254740993],"o":{"id":-9007199254740993},"pi":3.141592653589793238,"whole":1000000000000000000000,"big":1e400,"ok":0.1}`,
+		record.Record{Body: "m", Attributes: attrs{
+			"id": "12345678901234567", "ts": "1763931600123456789", "ids": []any{1.0, "9007199254740993"}, "o.id": "-9007199254740993",
+			"pi": 3.141592653589793, "whole": 1e21, "big": "1e400", "ok": 0.1,
+		}}, 0)
 	// Two fields of one name: the body keeps the line.
 	f(`{"msg":"m","a.b":1,"a":{"b":2}}`, record.Record{Body: `{"msg":"m","a.b":1,"a":{"b":2}}`, Attributes: attrs{"a.b": 2.0}}, 1)
 	f(`{"msg":"m","`+strings.Repeat("n", record.MaxName+1)+`":1}`, record.Record{Body: `{"msg":"m","` + strings.Repeat("n", record.MaxName+1) + `":1}`}, 1)

@@ -109,6 +109,12 @@ func (b *book) snapshot() ([]byte, error) {
 	return out, err
 }
 
+func (b *book) total() ledger.Totals {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.l.Total()
+}
+
 func (b *book) touch() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

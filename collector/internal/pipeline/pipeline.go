@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
@@ -106,7 +107,7 @@ type Pipeline struct {
 	bytes   atomic.Int64
 
 	breaker *breaker
-	// saveFailed is when the last failure to save was told. Only the saver uses it.
+	// saveFailed is when the last failure to save was told. New uses it, and then the saver.
 	saveFailed time.Time
 }
 
@@ -131,9 +132,13 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 	}
 	p.book = &book{l: l, metrics: m, output: cfg.Name, dirty: true}
 	// The first save tells of a folder that cannot be written to before anything
-	// is read.
+	// is read. A disk that is full is no reason not to start: space may come, and
+	// other outputs need none.
 	if err := p.save(); err != nil {
-		return nil, err
+		if !full(err) {
+			return nil, err
+		}
+		p.tellSave(err)
 	}
 	p.dead = &deadLetters{path: filepath.Join(cfg.DataDir, cfg.Name+".dead-letters.ndjson"), max: cfg.MaxDeadLetters}
 	p.breaker = newBreaker(cfg, log, m)
@@ -203,6 +208,7 @@ func (p *Pipeline) read(ctx context.Context, f *tail.Follower, hints *tail.Hints
 			continue
 		case <-ticker.C:
 			full = hints == nil || time.Since(lastFull) >= p.cfg.FullSweep
+			f.Measure()
 		case <-signal:
 			// Writes come by the thousand; one look serves them all.
 			pause(ctx, 20*time.Millisecond)
@@ -299,8 +305,7 @@ func (p *Pipeline) Audit() Audit {
 }
 
 func (p *Pipeline) measure() {
-	a := p.Audit()
-	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(a.Total.Pending))
+	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(p.book.total().Pending))
 	p.metrics.inFlight.WithLabelValues(p.cfg.Name).Set(float64(p.records.Load()))
 }
 
@@ -355,14 +360,23 @@ func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
 		}
 		p.measure()
 		if err := p.save(); err != nil {
-			p.metrics.checkpointErrors.Inc()
-			if time.Since(p.saveFailed) >= time.Minute {
-				p.saveFailed = time.Now()
-				p.log.Error("cannot save the checkpoint; free space in the folder or move dataDir; until then a crash would send lines twice",
-					"file.path", p.cfg.DataDir, "error.message", err.Error())
-			}
+			p.tellSave(err)
 		}
 	}
+}
+
+func (p *Pipeline) tellSave(err error) {
+	p.metrics.checkpointErrors.Inc()
+	if time.Since(p.saveFailed) >= time.Minute {
+		p.saveFailed = time.Now()
+		p.log.Error("cannot save the checkpoint; until it is saved a crash would send lines twice", "file.path", p.cfg.DataDir, "error.message", err.Error())
+	}
+}
+
+// full reports whether a file could not grow: no space, or over a quota or a
+// limit on the size of files.
+func full(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
 }
 
 // save writes the checkpoint if it changed, by way of a second file, so that
@@ -380,7 +394,7 @@ func (p *Pipeline) save() error {
 	}
 	if err := replaceFile(p.checkpointPath(), b); err != nil {
 		p.book.touch()
-		return err
+		return fmt.Errorf("checkpoint: %w; free space in dataDir %s, or move dataDir to a folder that this user may write to", err, p.cfg.DataDir)
 	}
 	return nil
 }

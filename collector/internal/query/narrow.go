@@ -1,6 +1,7 @@
 package query
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -169,6 +170,11 @@ func narrow(e Expr) (string, bool) {
 		}
 		if isKey(e.Field) && value.Literal() {
 			return `"` + keyTerm(e.Field, value[0]) + `"`, true
+		}
+		// An identifier's words are indexed. A number is equal to however it is
+		// written, so its words say nothing.
+		if _, isNumber := number(value[0]); slices.Contains(identifiers(), e.Field) && !(value.Literal() && isNumber) {
+			return narrowWords(value)
 		}
 	}
 	// Not: the records without the words of a candidate are no candidates'

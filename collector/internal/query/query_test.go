@@ -89,7 +89,7 @@ func TestLimits(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	for _, s := range []string{
 		`service.name:payments AND http.response.status_code>=500 "card declined" NOT log.level:debug`,
-		`log.level:(warn OR error) kubernetes.pod.name:pay*-0`, `a* *b *c* a*b \* \and "and"`, `@timestamp>"2026-11-23"`, `f:* * NOT (a OR b)`, `"\"\\"`, `f : 1`, `f:>5`,
+		`log.level:(warn OR error) kubernetes.pod.name:pay*-0`, `a* *b *c* a*b \* \and "and"`, `@timestamp>"2026-11-23"`, `f:* * NOT (a OR b)`, `"\"\\"`, `f : 1`, `f:>5`, `http.request.id:"a-b"`, `http.request.id:1.0`,
 	} {
 		f.Add(s, "card declined: payments-0 \"x\" 4bf92f", "payments")
 	}
@@ -109,7 +109,7 @@ func FuzzParse(f *testing.F) {
 		if !reflect.DeepEqual(e, again) {
 			t.Fatalf("%q prints as %q, which is another query: %#v, was %#v", text, printed, again, e)
 		}
-		fields := map[string]any{"message": message, "service.name": service, "http.response.status_code": float64(len(message)), "trace.id": service}
+		fields := map[string]any{"message": message, "service.name": service, "http.response.status_code": float64(len(message)), "trace.id": service, "http.request.id": service}
 		if query.Compile(e)(fields) && !candidate(query.Narrow(e).Match, query.Terms(fields)) {
 			t.Fatalf("%q matches %v, but the index does not propose it: %s not in %q", text, fields, query.Narrow(e).Match, query.Terms(fields))
 		}

@@ -105,16 +105,24 @@ func (d *day) isOpen() bool { return d.write != nil }
 // must not stop today's logs.
 func (d *day) open() (aside string, err error) {
 	err = d.openOnce()
-	if code := sqliteCode(err); code != sqlite3.SQLITE_NOTADB && code != sqlite3.SQLITE_CORRUPT {
+	if !isDamaged(err) {
 		return "", err
 	}
-	aside = d.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000000000")
+	if aside, err = d.aside(); err != nil {
+		return "", err
+	}
+	return aside, d.openOnce()
+}
+
+// aside renames the files of a day that is not open and returns the new name.
+func (d *day) aside() (string, error) {
+	to := d.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000000000")
 	for _, suffix := range []string{"", "-wal", "-shm"} {
-		if err := os.Rename(d.path+suffix, aside+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Rename(d.path+suffix, to+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", err
 		}
 	}
-	return aside, d.openOnce()
+	return to, nil
 }
 
 func (d *day) openOnce() (err error) {
@@ -351,6 +359,11 @@ func sqliteCode(err error) int {
 		return e.Code() & 0xff
 	}
 	return 0
+}
+
+func isDamaged(err error) bool {
+	code := sqliteCode(err)
+	return code == sqlite3.SQLITE_NOTADB || code == sqlite3.SQLITE_CORRUPT
 }
 
 func isFull(err error) bool { return sqliteCode(err) == sqlite3.SQLITE_FULL || errors.Is(err, ErrFull) }

@@ -24,6 +24,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	sqlite3 "modernc.org/sqlite/lib"
+
 	"github.com/outrigger-mesh/outrigger/collector/internal/query"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -203,7 +205,7 @@ func (s *Store) Append(ctx context.Context, batch []*record.Record) error {
 // appendDay stores the rows of one day and shows the new ones to the live tails.
 // It returns why the day cannot be kept, or an error.
 func (s *Store) appendDay(ctx context.Context, key string, rows []row) (string, error) {
-	for {
+	for mended := false; ; {
 		d, err := s.acquire(key, true)
 		if err != nil {
 			return "", s.explain(err)
@@ -221,6 +223,10 @@ func (s *Store) appendDay(ctx context.Context, key string, rows []row) (string, 
 			s.duplicates.Add(int64(len(rows) - len(fresh)))
 			s.publish(fresh)
 			return "", nil
+		}
+		if isDamaged(err) && !mended && s.setAside(d) {
+			mended = true
+			continue
 		}
 		if !isFull(err) || s.cfg.MaxBytes == 0 {
 			return "", s.explain(err)
@@ -247,8 +253,27 @@ func (s *Store) explain(err error) error {
 		return fmt.Errorf("store: folder %s: %w: the newest day alone has reached maxBytes (%d) or the disk is full; raise maxBytes or free space: %w", s.cfg.Folder, ErrFull, s.cfg.MaxBytes, err)
 	case isFull(err):
 		return fmt.Errorf("store: folder %s: %w: free space on its file system, shorten retention (%s) or set maxBytes; storing goes on by itself then: %w", s.cfg.Folder, ErrFull, s.cfg.Retention, err)
+	case remedy(sqliteCode(err)) != "":
+		return fmt.Errorf("store: folder %s: %s: %w", s.cfg.Folder, remedy(sqliteCode(err)), err)
 	default:
 		return fmt.Errorf("store: folder %s: %w", s.cfg.Folder, err)
+	}
+}
+
+// remedy is what to do about a primary result code of SQLite; empty where
+// nothing can be said. A full disk is not always SQLITE_FULL: a quota, a limit
+// on the size of a file and the growth of the index of the write-ahead log are
+// errors of input and output.
+func remedy(code int) string {
+	switch code {
+	case sqlite3.SQLITE_IOERR:
+		return "its file system does not take what is written: free space on it, raise a quota or a limit on the size of files, or replace a disk that fails; storing goes on by itself then"
+	case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM:
+		return "its databases cannot be written: name a folder that exists and that this user may write to"
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED:
+		return "another program holds its database: end it; one collector writes to a folder"
+	default:
+		return ""
 	}
 }
 
@@ -365,7 +390,7 @@ func (s *Store) acquire(key string, create bool) (*day, error) {
 		s.closeIdle()
 		aside, err := d.open()
 		if aside != "" {
-			s.log.Error("a day of the log store was damaged and is set aside; its records cannot be searched", "file.path", d.path, "file.target_path", aside)
+			s.tellDamaged(d, aside)
 		}
 		if err != nil {
 			return nil, err
@@ -375,6 +400,30 @@ func (s *Store) acquire(key string, create bool) (*day, error) {
 	d.refs++
 	d.used = time.Now()
 	return d, nil
+}
+
+// setAside puts an empty database in the place of a damaged one, unless a search
+// is reading it; the batch then comes again.
+func (s *Store) setAside(d *day) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d.refs > 0 {
+		return false
+	}
+	if err := d.close(); err != nil {
+		s.log.Warn("a damaged day of the log store did not close cleanly", "file.path", d.path, "error.message", err.Error())
+	}
+	aside, err := d.aside()
+	if err != nil {
+		s.log.Error("a damaged day of the log store cannot be set aside", "file.path", d.path, "error.message", err.Error())
+		return false
+	}
+	s.tellDamaged(d, aside)
+	return true
+}
+
+func (s *Store) tellDamaged(d *day, aside string) {
+	s.log.Error("a day of the log store was damaged and is set aside; its records cannot be searched", "file.path", d.path, "file.target_path", aside)
 }
 
 func (s *Store) release(d *day) {

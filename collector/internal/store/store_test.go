@@ -21,6 +21,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/query"
 	"github.com/outrigger-mesh/outrigger/collector/record"
@@ -330,6 +331,67 @@ func TestDiskFull(t *testing.T) {
 	}
 	if got := len(search(t, s, "full", Query{})); got != 100 {
 		t.Errorf("%d records after the disk has space again; want 100", got)
+	}
+}
+
+// Damage that shows only when a page is read must not stop today's logs either.
+func TestDayDamagedWithin(t *testing.T) {
+	folder := t.TempDir()
+	now := time.Now().UTC()
+	s := open(t, Config{Folder: folder})
+	batch := func(file string) (out []*record.Record) {
+		for i := range 200 {
+			out = append(out, line(now, file, i, "x", strings.Repeat("words ", 100), nil))
+		}
+		return out
+	}
+	if err := errors.Join(s.Append(t.Context(), batch("a")), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(folder, "logs-"+now.Format(time.DateOnly)+".db")
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := len(b) / 2; i < len(b); i++ { // opening it reads the beginning only
+		b[i] = 0xa5
+	}
+	if err := os.WriteFile(name, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, Config{Folder: folder})
+	if err := s.Append(t.Context(), batch("b")); err != nil {
+		t.Fatal(err)
+	}
+	if got := len(search(t, s, "words", Query{})); got != 200 {
+		t.Errorf("%d records after the damage; want 200", got)
+	}
+	if aside, err := filepath.Glob(name + ".damaged-*"); err != nil || len(aside) == 0 {
+		t.Errorf("nothing is set aside: %v", err)
+	}
+}
+
+// What a user can mend is said with its place and the remedy.
+func TestRemedies(t *testing.T) {
+	s := open(t, Config{})
+	f := func(code int, words ...string) {
+		t.Helper()
+		got := remedy(code)
+		for _, w := range words {
+			if !strings.Contains(got, w) {
+				t.Errorf("code %d: %q does not mention %q", code, got, w)
+			}
+		}
+	}
+	f(sqlite3.SQLITE_IOERR, "free space", "quota", "goes on by itself")
+	f(sqlite3.SQLITE_CANTOPEN, "this user may write to")
+	f(sqlite3.SQLITE_READONLY, "this user may write to")
+
+	if err := os.RemoveAll(s.cfg.Folder); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Append(t.Context(), []*record.Record{line(time.Now(), "a", 0, "x", "y", nil)}); err == nil || !strings.Contains(err.Error(), "this user may write to") {
+		t.Errorf("with the folder gone: %v", err)
 	}
 }
 

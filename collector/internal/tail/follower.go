@@ -187,6 +187,18 @@ func (f *Follower) Sweep(full bool, folders []string, visit func(folder string))
 	f.boundDeleted()
 }
 
+// Measure notes the sizes of the logs that wait for their turn. While there is no
+// credit nobody reads them, and what is pending in them is to be known all the same.
+func (f *Follower) Measure() {
+	for _, l := range slices.Clone(f.ready) { // a file found to be another one joins the queue
+		for _, g := range slices.Clone(l.gens) {
+			if g.file != nil && !g.replaced {
+				f.verify(l, g)
+			}
+		}
+	}
+}
+
 // Touch makes the log of a live file ready: somebody wrote to it.
 func (f *Follower) Touch(path string) {
 	if l := f.logs[path]; l != nil {

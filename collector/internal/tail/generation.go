@@ -36,6 +36,7 @@ type generation struct {
 	longStart int64
 	inLong    bool
 
+	modified     time.Time // by the last stat
 	quietSince   time.Time // read to the end, and the size unchanged, since
 	missingSince time.Time
 	gone         bool // deleted: what the open file has is all there is

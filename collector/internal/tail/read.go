@@ -74,8 +74,14 @@ func (f *Follower) turn(l *containerLog) stop {
 		if g.file == nil && !g.gone && !g.replaced {
 			continue // finished before
 		}
-		// Superseded or deleted: finished once it has been quiet for a while.
-		if !g.replaced && f.cfg.Now().Sub(g.quietSince) < f.cfg.Grace {
+		// Superseded or deleted: finished once it has been quiet for a while. One
+		// that was superseded twice has been left by the runtime long ago, so what
+		// the file system says of its last change will do.
+		quiet := g.quietSince
+		if twice := len(l.gens)-slices.Index(l.gens, g) > 2; twice && g.modified.Before(quiet) {
+			quiet = g.modified
+		}
+		if !g.replaced && f.cfg.Now().Sub(quiet) < f.cfg.Grace {
 			l.waiting = true
 			return atEnd
 		}
@@ -235,6 +241,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 		return false
 	}
 	size := info.Size()
+	g.modified = info.ModTime()
 	if g.id == "" {
 		g.note(size)
 		if err := f.identify(g, false); err != nil {

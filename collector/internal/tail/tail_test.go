@@ -466,3 +466,49 @@ func TestHints(t *testing.T) {
 		t.Errorf("lines (-want +got):\n%s", d)
 	}
 }
+
+// Only the newest rotated generation may still be written to; a backlog of older
+// ones does not wait a second for each.
+func TestBacklogDoesNotWaitForEachGeneration(t *testing.T) {
+	n := start(t)
+	for i, name := range []string{".20261123-010000", ".20261123-020000", ".20261123-030000", ""} {
+		n.write(cart+name, fmt.Sprintf("F line %d", i))
+		at := n.now.Add(time.Duration(i-4) * time.Hour)
+		n.must(os.Chtimes(n.path(cart+name), at, at))
+	}
+	bodies := func() (out []string) {
+		es := n.read(100)
+		n.settle(es...)
+		for _, e := range es {
+			out = append(out, e.Record.Body)
+		}
+		return out
+	}
+	if d := cmp.Diff([]string{"line 0", "line 1", "line 2"}, bodies()); d != "" {
+		t.Errorf("at once (-want +got):\n%s", d)
+	}
+	n.write(cart+".20261123-030000", "F late")
+	n.now = n.now.Add(900 * time.Millisecond)
+	if d := cmp.Diff([]string{"late"}, bodies()); d != "" {
+		t.Errorf("within the grace (-want +got):\n%s", d)
+	}
+	n.now = n.now.Add(time.Second)
+	if d := cmp.Diff([]string{"line 3"}, bodies()); d != "" {
+		t.Errorf("after it (-want +got):\n%s", d)
+	}
+	n.closed(nil)
+}
+
+// What is pending is known without reading it, whoever has no credit.
+func TestMeasureWithoutCredit(t *testing.T) {
+	n := start(t)
+	n.write(cart, "F one", "F two")
+	n.settle(n.read(1)...)
+	n.write(cart, "F three")
+	n.f.Measure()
+	if total := n.ledger.Total(); total.Written != 134 || total.Pending != 90 {
+		t.Errorf("three lines are written and one is settled; the account is %+v", total)
+	}
+	n.want("two", "three")
+	n.closed(nil)
+}
