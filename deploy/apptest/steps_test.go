@@ -17,8 +17,6 @@ type step struct {
 	// envoy says what a real Envoy does instead; empty where both do the same.
 	envoy    string
 	policies string
-	// notYet says what our sidecar falls short of; the step is skipped there.
-	notYet string
 	// problem is what the control plane has to say of the policies; empty where
 	// nothing.
 	problem string
@@ -44,9 +42,6 @@ func play(t *testing.T, plane dataPlane) {
 	w := newWorld(t, plane)
 	for _, s := range steps(t) {
 		ok := t.Run(strings.ReplaceAll(s.name, " ", "_"), func(t *testing.T) {
-			if s.notYet != "" && plane.name() != "envoy" {
-				t.Skip("not yet: " + s.notYet)
-			}
 			w.differs = s.envoy
 			w.policies(t, s.policies, s.problem)
 			s.act(t, w)
@@ -468,7 +463,6 @@ func steps(t *testing.T) []step {
 		},
 		{
 			name:     "an instance that fails at once gets no more than its share",
-			notYet:   "a quick failure is taken for a quick instance, which then gets nearly everything",
 			policies: policy(retryPolicy, "freight", "attempts: 0"),
 			act: func(t *testing.T, w *world) {
 				const n = 200

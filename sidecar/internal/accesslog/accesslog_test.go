@@ -90,3 +90,16 @@ func TestWriteDoesNotAllocate(t *testing.T) {
 type handover chan struct{}
 
 func (h handover) Write(b []byte) (int, error) { h <- struct{}{}; return len(b), nil }
+
+// A head may hold 64 KiB; a queue full of such lines must not.
+func TestWhatStrangersWroteIsCut(t *testing.T) {
+	long := bytes.Repeat([]byte("x"), 60<<10)
+	line := written(t, func(l *accesslog.Log) {
+		l.Write(&accesslog.Entry{Protocol: "http", Method: []byte("GET"), Path: long, Host: long, UserAgent: long, RequestID: long})
+	})[0]
+	for field, most := range map[string]int{"url.path": 1024, "url.domain": 256, "user_agent.original": 256, "http.request.id": 256} {
+		if v, _ := line[field].(string); len(v) != most {
+			t.Errorf("%s has %d bytes; want %d", field, len(v), most)
+		}
+	}
+}

@@ -170,3 +170,19 @@ func TestParseFailuresNamesTheWord(t *testing.T) {
 		t.Fatalf("err = %v", err)
 	}
 }
+
+// An outcome may become known long after the response began: a stream that is
+// cut. The breaker then opens at that time, not in the past.
+func TestOutcomeThatIsKnownLateCountsWhenItIsKnown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := breaker.New(breaker.Policy{Name: "p", ConsecutiveFailures: 1, Window: time.Second, OpenFor: time.Minute, FailureOn: breaker.FailDefault},
+			"shop/payments:80", time.Now(), func() string { return "e" }, func(breaker.Evidence) {})
+		begun := time.Now()
+		v := b.Allow(begun)
+		time.Sleep(time.Hour)
+		b.Done(v.Ticket, &breaker.Outcome{At: begun, Duration: time.Millisecond, Ended: time.Now(), Failed: breaker.FailReset})
+		if s, left := b.State(time.Now()); s != breaker.Open || left != time.Minute {
+			t.Errorf("%v, probes in %v; want open for a minute", s, left)
+		}
+	})
+}

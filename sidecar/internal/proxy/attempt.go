@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"errors"
 	"math/rand/v2"
 	"strconv"
 	"time"
@@ -107,13 +106,13 @@ func (x *exchange) attemptOnce(b *breaker.Breaker, v breaker.Verdict) (r result)
 	x.tried = append(x.tried, f.endpoint)
 	x.upstream = f.endpoint.Name
 	c, err := f.endpoint.Get(context.Background(), f.until)
-	var limit upstream.Limit
 	switch {
-	case errors.As(err, &limit):
-		f.abandon()
-		x.overLimit(string(limit), false)
-		return result{status: 503, flags: accesslog.UO, why: limit.Error(), final: true}
 	case err != nil:
+		if limit := upstream.LimitOf(err); limit != "" {
+			f.abandon()
+			x.overLimit(string(limit), false)
+			return result{status: 503, flags: accesslog.UO, why: limit.Error(), final: true}
+		}
 		r = f.unconnected(err)
 	default:
 		if c.Over != "" {
@@ -156,7 +155,7 @@ func (f *forwarding) classify(r result) {
 	if r.failure == retry.None {
 		took = f.heard.Sub(f.begun) // what follows depends on the client, too
 	}
-	f.endpoint.Observe(now, took)
+	f.endpoint.Observe(now, took, r.failure != retry.None || r.status >= 500)
 	x.cluster.Record(now, f.endpoint, outlier.Result{Status: r.status, LocalOrigin: r.failure != retry.None})
 	if f.breaker == nil {
 		return

@@ -90,8 +90,7 @@ func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *access
 		p.Metrics.Attempt(p.key, e.Attempts > 1)
 		start := time.Now()
 		up, err := ep.Dial(ctx, time.Time{})
-		var limit upstream.Limit
-		if errors.As(err, &limit) {
+		if limit := upstream.LimitOf(err); limit != "" {
 			if b != nil {
 				b.Abandon(v.Ticket)
 			}

@@ -61,15 +61,17 @@ func (c *cache[K, V]) get(k K, lookUp func(k K, known int) (v V, keep bool)) V {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	next := map[K]V{}
+	var old map[K]V
 	if m := c.m.Load(); m != nil {
-		if v, ok := (*m)[k]; ok {
-			return v
-		}
-		maps.Copy(next, *m)
+		old = *m
 	}
-	v, keep := lookUp(k, len(next))
+	if v, ok := old[k]; ok {
+		return v
+	}
+	v, keep := lookUp(k, len(old))
 	if keep {
+		next := make(map[K]V, len(old)+1)
+		maps.Copy(next, old)
 		next[k] = v
 		c.m.Store(&next)
 	}

@@ -25,6 +25,12 @@ const (
 // Error implements error.
 func (l Limit) Error() string { return "limit on " + string(l) + " is reached" }
 
+// LimitOf is the Limit that err is, or empty.
+func LimitOf(err error) (l Limit) {
+	errors.As(err, &l)
+	return l
+}
+
 // Endpoint is one address of a cluster as one configuration describes it. Those
 // of later configurations share the pool, so that a change of health or weight
 // closes no connection and forgets no latency.
@@ -175,9 +181,20 @@ func (e *Endpoint) Discard(c *Conn) {
 	c.close()
 }
 
-// Observe tells how long an exchange took.
-func (p *pool) Observe(now time.Time, d time.Duration) {
+// A failed attempt counts as slow, failurePenalty at least and maxPenalty at
+// most: an endpoint that fails at once would otherwise look like the quickest
+// of all and draw every request to itself.
+const (
+	failurePenalty = 100 * time.Millisecond
+	maxPenalty     = time.Second
+)
+
+// Observe tells how long an attempt took, and whether it failed.
+func (p *pool) Observe(now time.Time, d time.Duration, failed bool) {
 	p.mu.Lock()
+	if failed {
+		d = max(d, min(maxPenalty, max(failurePenalty, 10*p.latency.Value(now))))
+	}
 	p.latency.Observe(now, d)
 	p.mu.Unlock()
 }

@@ -31,7 +31,7 @@ func server(t *testing.T) (netip.AddrPort, <-chan net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	accepted := make(chan net.Conn, 100)
+	accepted := make(chan net.Conn, 1000)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
