@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -92,7 +93,7 @@ func TestPinnedHeadSurvivesTheBody(t *testing.T) {
 			}
 			got += len(r.unread())
 			r.use(len(r.unread()))
-			if err := r.fill(); err == io.EOF {
+			if err := r.fill(); errors.Is(err, io.EOF) {
 				break
 			} else if err != nil {
 				t.Fatal(err)
