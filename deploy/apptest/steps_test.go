@@ -488,7 +488,6 @@ func steps(t *testing.T) []step {
 		},
 		{
 			name:     "an edit of a policy is in force within 2 s and fails no request",
-			envoy:    "may answer 500 for a moment: routes are pushed to it before the cluster that they newly name is warm",
 			policies: split(1, 0),
 			act: func(t *testing.T, w *world) {
 				stop := make(chan struct{})
@@ -522,11 +521,9 @@ func steps(t *testing.T) []step {
 					w.await(t)
 				}
 				close(stop)
-				got := <-failed
-				if len(got) > 0 && per(t, w, true, got[500] == 0 || len(got) > 1) {
+				if got := <-failed; len(got) > 0 {
 					t.Errorf("failed requests by status: %v", got)
 				}
-				t.Logf("failed requests by status: %v", got)
 			},
 		},
 		{

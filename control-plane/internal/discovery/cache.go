@@ -28,6 +28,10 @@ import (
 // that it does not exist, so that it is told once.
 const absent = "absent"
 
+// orderTimeout bounds how long a listener or route is kept back from an Envoy
+// that does not acknowledge the clusters that it refers to.
+const orderTimeout = 2 * time.Second
+
 // served is a resource that clients may get, and since when.
 type served struct {
 	*xds.Resource
@@ -57,11 +61,22 @@ type view struct {
 	streams int // that hold the view; the last one to end drops it
 }
 
+// client is one stream of an Envoy. Envoy answers by itself what a route sends
+// to a cluster that it does not have or has no endpoints for yet, so that
+// listeners and routes are kept back until it has acknowledged both.
+type client struct {
+	node      *corev3.Node // of the stream's last request that had one
+	connected time.Time
+	acked     map[string]map[string]struct{} // clusters and endpoints: type, name
+	held      map[*watch]struct{}
+}
+
 // watch is one client waiting for one type. Its owner is the stream: a watch is
 // answered at most once, and the client's next request opens another.
 type watch struct {
 	plane    *plane
-	view     *view // Envoy only
+	view     *view   // Envoy only
+	client   *client // Envoy only
 	typeURL  string
 	names    map[string]struct{}
 	wildcard bool
@@ -69,7 +84,9 @@ type watch struct {
 	returned map[string]string
 	// fullState: every response lists all that exists (SotW for LDS and CDS).
 	fullState bool
-	answer    func(a *answer)
+	// due is when what is held back is pushed all the same; zero: nothing is.
+	due    time.Time
+	answer func(a *answer)
 }
 
 // answer is what a watch is told.
@@ -77,6 +94,7 @@ type answer struct {
 	resources []served
 	removed   []string
 	returned  map[string]string
+	late      bool // something was held back for orderTimeout, in vain
 }
 
 // configCache holds the encoded resources once per data plane, whatever the
@@ -89,15 +107,24 @@ type answer struct {
 // Versions are hashes of content, for SotW over all that the client has.
 type configCache struct {
 	grace time.Duration
+	now   func() time.Time
+	// wake says that sweep may be due earlier than it last said; timedOut that
+	// a response of a type was not held back any longer. Neither may block.
+	wake     func()
+	timedOut func(typeURL string)
 
-	mu     sync.Mutex
-	mesh   *mesh.Mesh // nil until the first publish: nothing is answered
-	planes map[xds.DataPlane]*plane
-	views  map[string]*view
+	mu      sync.Mutex
+	mesh    *mesh.Mesh // nil until the first publish: nothing is answered
+	planes  map[xds.DataPlane]*plane
+	views   map[string]*view
+	clients map[*corev3.Node]*client // by the node that the library puts in a stream's requests
 }
 
-func newConfigCache(grace time.Duration) *configCache {
-	c := &configCache{grace: grace, planes: map[xds.DataPlane]*plane{}, views: map[string]*view{}}
+func newConfigCache(grace time.Duration, now func() time.Time, wake func(), timedOut func(string)) *configCache {
+	c := &configCache{
+		grace: grace, now: now, wake: wake, timedOut: timedOut,
+		planes: map[xds.DataPlane]*plane{}, views: map[string]*view{}, clients: map[*corev3.Node]*client{},
+	}
 	for _, dp := range xds.DataPlanes() {
 		p := &plane{all: scope{}, byName: map[string]map[string]map[*watch]struct{}{}}
 		for _, t := range xds.TypeURLs() {
@@ -110,22 +137,22 @@ func newConfigCache(grace time.Duration) *configCache {
 }
 
 // publish puts a mesh in force and answers the watches that it concerns, types
-// in make-before-break order. It returns how many resources changed by type,
-// and when the first deferred removal is due (zero: none).
-func (c *configCache) publish(m *mesh.Mesh, now time.Time) (changed map[string]int, next time.Time, err error) {
+// in make-before-break order. It returns how many resources changed by type.
+func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	now := c.now()
 	// Build everything before changing anything: a failure leaves all in force.
 	sets := map[xds.DataPlane]*xds.Set{}
 	for dp, p := range c.planes {
 		if sets[dp], err = xds.Build(m, dp, p.set); err != nil {
-			return nil, time.Time{}, err
+			return nil, err
 		}
 	}
 	views := map[string]*xds.EnvoyView{}
 	for k, v := range c.views {
 		if views[k], err = sets[xds.Envoy].EnvoyView(v.node); err != nil {
-			return nil, time.Time{}, fmt.Errorf("view of an Envoy: %w", err)
+			return nil, fmt.Errorf("view of an Envoy: %w", err)
 		}
 	}
 	first := c.mesh == nil
@@ -167,7 +194,8 @@ func (c *configCache) publish(m *mesh.Mesh, now time.Time) (changed map[string]i
 			}
 		}
 	}
-	return changed, c.nextRemoval(), nil
+	c.wake()
+	return changed, nil
 }
 
 // merge brings what is served of a type to what is wanted, and returns the
@@ -202,10 +230,15 @@ func (c *configCache) merge(have map[string]served, want xds.Resources, typeURL 
 	return names
 }
 
-// sweep removes what is due and returns when the next removal is (zero: none).
-func (c *configCache) sweep(now time.Time) time.Time {
+// sweep removes and pushes what is due and returns when more will be (zero:
+// nothing is).
+func (c *configCache) sweep() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	now := c.now()
+	for _, cl := range c.clients {
+		c.retry(cl)
+	}
 	due := func(have map[string]served) []string {
 		var names []string
 		for name, s := range have {
@@ -229,16 +262,19 @@ func (c *configCache) sweep(now time.Time) time.Time {
 			}
 		}
 	}
-	return c.nextRemoval()
+	return c.nextDue()
 }
 
-func (c *configCache) nextRemoval() time.Time {
+func (c *configCache) nextDue() time.Time {
 	var next time.Time
 	look := func(have map[string]served) {
 		for _, s := range have {
-			if !s.removeAt.IsZero() && (next.IsZero() || s.removeAt.Before(next)) {
-				next = s.removeAt
-			}
+			next = earlier(next, s.removeAt)
+		}
+	}
+	for _, cl := range c.clients {
+		for w := range cl.held {
+			next = earlier(next, w.due)
 		}
 	}
 	for _, p := range c.planes {
@@ -252,6 +288,14 @@ func (c *configCache) nextRemoval() time.Time {
 		}
 	}
 	return next
+}
+
+// earlier of two times, of which zero is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || (!b.IsZero() && b.Before(a)) {
+		return b
+	}
+	return a
 }
 
 func (c *configCache) notify(p *plane, typeURL string, names []string) {
@@ -273,11 +317,56 @@ func (c *configCache) notifyView(v *view, typeURL string) {
 }
 
 // tryAnswer answers and closes the watch if there is something to tell.
-func (c *configCache) tryAnswer(w *watch) {
-	if a := c.compute(w); a != nil {
-		c.forget(w)
-		w.answer(a)
+func (c *configCache) tryAnswer(w *watch) bool {
+	a := c.compute(w)
+	if a == nil {
+		if !w.due.IsZero() {
+			w.client.held[w] = struct{}{}
+			c.wake()
+		} else if w.client != nil {
+			delete(w.client.held, w)
+		}
+		return false
 	}
+	c.forget(w)
+	if a.late {
+		c.timedOut(w.typeURL)
+	}
+	w.answer(a)
+	return true
+}
+
+// retry looks again at what is held back from a client.
+func (c *configCache) retry(cl *client) {
+	for _, t := range xds.TypeURLs() {
+		for w := range maps.Clone(cl.held) {
+			if w.typeURL == t {
+				c.tryAnswer(w)
+			}
+		}
+	}
+}
+
+// ready reports whether the client has acknowledged every cluster that a
+// listener or route leads to, with its endpoints. A cluster that it is not to
+// have is not waited for: its share of the requests is answered 500.
+func (w *watch) ready(s served) bool {
+	if w.view == nil || w.client == nil {
+		return true
+	}
+	for _, name := range s.Reaches {
+		if _, ok := w.view.all[xds.ClusterType][name]; !ok {
+			continue
+		}
+		if _, ok := w.client.acked[xds.ClusterType][name]; !ok {
+			return false
+		}
+		_, discovered := w.plane.all[xds.EndpointType][name] // else they are in the cluster
+		if _, ok := w.client.acked[xds.EndpointType][name]; discovered && !ok {
+			return false
+		}
+	}
+	return true
 }
 
 // lookup finds a resource as the client of the watch sees it.
@@ -291,11 +380,14 @@ func (w *watch) lookup(name string) (served, bool) {
 	return s, ok
 }
 
-// compute says what the client of a watch has to be told; nil for nothing.
+// compute says what the client of a watch has to be told; nil for nothing. It
+// notes on the watch what is held back.
 func (c *configCache) compute(w *watch) *answer {
+	w.due = time.Time{}
 	if c.mesh == nil {
 		return nil
 	}
+	now := c.now()
 	a := &answer{returned: maps.Clone(w.returned)}
 	if a.returned == nil {
 		a.returned = map[string]string{}
@@ -307,6 +399,17 @@ func (c *configCache) compute(w *watch) *answer {
 	news := false
 	see := func(name string, s served, exists bool) {
 		known, told := w.returned[name]
+		if exists && known != s.Version && !w.ready(s) {
+			since := s.since
+			if since.Before(w.client.connected) {
+				since = w.client.connected
+			}
+			if due := since.Add(orderTimeout); now.Before(due) {
+				w.due = earlier(w.due, due)
+				return
+			}
+			a.late = true
+		}
 		switch {
 		case exists && known != s.Version:
 			a.resources = append(a.resources, s)
@@ -342,9 +445,12 @@ func (c *configCache) compute(w *watch) *answer {
 			news = true
 		}
 	}
+	if !w.due.IsZero() && w.fullState {
+		return nil // a response without what is held back would remove it
+	}
 	// A wildcard that finds nothing is answered once, so that Envoy can finish
 	// its start.
-	if w.wildcard && len(w.returned) == 0 && len(a.returned) == 0 {
+	if w.due.IsZero() && w.wildcard && len(w.returned) == 0 && len(a.returned) == 0 {
 		a.returned[absent] = absent
 		news = true
 	}
@@ -358,13 +464,14 @@ func (c *configCache) compute(w *watch) *answer {
 
 // open answers the watch at once if there is something to tell, else keeps it.
 // The function it returns ends the watch; it may be called more than once.
-func (c *configCache) open(w *watch, dp xds.DataPlane, viewKey string) func() {
+func (c *configCache) open(w *watch, node *corev3.Node) func() {
+	dp, viewKey := whose(node)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	w.plane = c.planes[dp]
 	w.view = c.views[viewKey]
-	if a := c.compute(w); a != nil {
-		w.answer(a)
+	w.client = c.clients[node]
+	if c.tryAnswer(w) {
 		return func() {}
 	}
 	for name := range w.names {
@@ -396,13 +503,71 @@ func (c *configCache) forget(w *watch) {
 	if w.view != nil {
 		delete(w.view.watches, w)
 	}
+	if w.client != nil {
+		delete(w.client.held, w)
+	}
+}
+
+// connect begins to follow what a stream of an Envoy acknowledges, until
+// disconnect.
+func (c *configCache) connect() *client {
+	return &client{connected: c.now(), acked: map[string]map[string]struct{}{}, held: map[*watch]struct{}{}}
+}
+
+// knownBy says which node stands in the stream's requests from now on. It is
+// how a watch is told whose it is: the library passes the pointer on.
+func (c *configCache) knownBy(cl *client, node *corev3.Node) {
+	if cl == nil || node == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.clients, cl.node)
+	cl.node = node
+	c.clients[node] = cl
+}
+
+func (c *configCache) disconnect(cl *client) {
+	if cl == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.clients, cl.node)
+}
+
+// acknowledged takes all that a client now has of a type, and pushes what was
+// held back for it.
+func (c *configCache) acknowledged(cl *client, typeURL string, versions map[string]string) {
+	if cl == nil || (typeURL != xds.ClusterType && typeURL != xds.EndpointType) {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	has := make(map[string]struct{}, len(versions))
+	for name := range versions {
+		has[name] = struct{}{}
+	}
+	cl.acked[typeURL] = has
+	c.retry(cl)
+}
+
+// holding reports whether something is held back from a client.
+func (c *configCache) holding(cl *client) bool {
+	if cl == nil {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(cl.held) > 0
 }
 
 // hold makes sure that there is a view for the listeners of a node until it is
 // released as often as it was held.
-func (c *configCache) hold(node xds.EnvoyNode, now time.Time) (err error) {
+func (c *configCache) hold(node xds.EnvoyNode) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	now := c.now()
 	key := node.Key()
 	v := c.views[key]
 	if v == nil {
@@ -490,8 +655,7 @@ func (c *configCache) CreateWatch(req *cachev3.Request, sub cachev3.Subscription
 			},
 		}
 	}
-	dp, key := whose(req.GetNode())
-	return c.open(w, dp, key), nil
+	return c.open(w, req.GetNode()), nil
 }
 
 // CreateDeltaWatch implements cache.ConfigWatcher for delta.
@@ -523,8 +687,7 @@ func (c *configCache) CreateDeltaWatch(req *cachev3.DeltaRequest, sub cachev3.Su
 			},
 		}
 	}
-	dp, key := whose(req.GetNode())
-	return c.open(w, dp, key), nil
+	return c.open(w, req.GetNode()), nil
 }
 
 // Fetch implements cache.ConfigFetcher; REST is not served.

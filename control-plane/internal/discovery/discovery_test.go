@@ -433,6 +433,9 @@ func TestEnvoyWildcardsGetTheNodesOwnView(t *testing.T) {
 		t.Fatalf("missing = %v", got)
 	}
 	publish(t, s, shop("127.0.0.1:9"))
+	r := c.next()
+	c.subscribe(xdsgen.EndpointType, key)
+	c.ack(r)
 	for _, want := range []string{key, "outbound/" + key + "|127.0.0.1:4001"} {
 		r := c.next()
 		if got := names(r); !slices.Equal(got, []string{want}) {
@@ -440,8 +443,6 @@ func TestEnvoyWildcardsGetTheNodesOwnView(t *testing.T) {
 		}
 		c.ack(r)
 	}
-	c.subscribe(xdsgen.EndpointType, key)
-	c.ack(c.next())
 	// When a cluster changes, Envoy waits for its endpoints once more.
 	m := shop("127.0.0.1:9")
 	m.Services[0].Ports[0].Breaker = &mesh.CircuitBreaker{Policy: "shop/payments", Limits: mesh.Limits{Requests: new(uint32(1))}}
@@ -470,6 +471,212 @@ func TestEnvoyWildcardsGetTheNodesOwnView(t *testing.T) {
 	if !removed["-"+key] || !removed["-outbound/"+key+"|127.0.0.1:4001"] {
 		t.Fatalf("removed %v", removed)
 	}
+}
+
+// split is a mesh whose Service payments, which an Envoy calls, sends all to the
+// version given.
+func split(version string) *mesh.Mesh {
+	m := shop("127.0.0.1:9")
+	for _, v := range []string{"payments-v1", "payments-v2"} {
+		svc := shop("127.0.0.1:9").Services[0]
+		svc.Name, svc.VIPs = v, nil
+		svc.Ports[0].Routes[0].Backends[0].Service = v
+		m.Services = append(m.Services, svc)
+	}
+	m.Services[0].Ports[0].Routes[0].Backends[0].Service = version
+	return m
+}
+
+// onlyV1 is an Envoy that has acknowledged all of split("payments-v1").
+func onlyV1(t *testing.T, s *discovery.Server) *deltaClient {
+	t.Helper()
+	publish(t, s, split("payments-v1"))
+	c := newDelta(t, start(t, s), envoy("storefront-0.shop", "payments.shop:80=127.0.0.1:4001"))
+	c.subscribe(xdsgen.ClusterType)
+	c.ack(c.expect(xdsgen.ClusterType, "shop/payments-v1:80"))
+	c.subscribe(xdsgen.EndpointType, "shop/payments-v1:80")
+	c.ack(c.expect(xdsgen.EndpointType, "shop/payments-v1:80"))
+	c.subscribe(xdsgen.ListenerType)
+	c.ack(c.expect(xdsgen.ListenerType, "outbound/"+key+"|127.0.0.1:4001"))
+	c.subscribe(xdsgen.RouteType, key)
+	c.ack(c.expect(xdsgen.RouteType, key))
+	waitFor(t, "applied", func() bool { return s.Applied()[1].Applied == 1 })
+	return c
+}
+
+func (c *deltaClient) expect(typeURL string, want ...string) *discoveryv3.DeltaDiscoveryResponse {
+	c.t.Helper()
+	r := c.next()
+	if r.GetTypeUrl() != typeURL || !slices.Equal(names(r), want) {
+		c.t.Fatalf("got %v of %s, want %v of %s", names(r), r.GetTypeUrl(), want, typeURL)
+	}
+	return r
+}
+
+// An Envoy answers by itself what is routed to a cluster that is still warming,
+// so that a route that newly names one is not sent before it has the cluster
+// and its endpoints.
+func TestRouteWaitsForTheClusterThatItNewlyNames(t *testing.T) {
+	const v2 = "shop/payments-v2:80"
+	for _, f := range []struct {
+		name string
+		// in which order Envoy answers; the route must come after the last.
+		order []string
+	}{
+		{"the cluster is acknowledged first", []string{xdsgen.ClusterType, xdsgen.EndpointType}},
+		{"the cluster is acknowledged when it is warm", []string{xdsgen.EndpointType, xdsgen.ClusterType}},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			s := newServer(discovery.Options{})
+			c := onlyV1(t, s)
+			publish(t, s, split("payments-v2"))
+			got := map[string]*discoveryv3.DeltaDiscoveryResponse{xdsgen.ClusterType: c.expect(xdsgen.ClusterType, v2)}
+			c.quiet(50 * time.Millisecond)
+			c.subscribe(xdsgen.EndpointType, v2)
+			got[xdsgen.EndpointType] = c.expect(xdsgen.EndpointType, v2)
+			for _, typeURL := range f.order {
+				c.quiet(50 * time.Millisecond)
+				if s.Applied()[1].Applied != 0 {
+					t.Error("the node counts as up to date before it has the route")
+				}
+				c.ack(got[typeURL])
+			}
+			c.ack(c.expect(xdsgen.RouteType, key))
+			waitFor(t, "applied", func() bool { return s.Applied()[1].Applied == 1 })
+			// What it has already is not waited for.
+			publish(t, s, split("payments-v1"))
+			c.ack(c.expect(xdsgen.RouteType, key))
+		})
+	}
+}
+
+// A cluster that Envoy refuses holds up a route for 2 s only.
+func TestRouteDoesNotWaitForEver(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	s := discovery.New(discovery.Options{Log: slog.New(slog.DiscardHandler), Registry: reg})
+	c := onlyV1(t, s)
+	publish(t, s, split("payments-v2"))
+	r := c.expect(xdsgen.ClusterType, "shop/payments-v2:80")
+	c.send(&discoveryv3.DeltaDiscoveryRequest{
+		TypeUrl: r.GetTypeUrl(), ResponseNonce: r.GetNonce(), ErrorDetail: &status.Status{Message: "bad cluster"},
+	})
+	c.quiet(1700 * time.Millisecond)
+	c.ack(c.expect(xdsgen.RouteType, key))
+	if n := counted(t, reg, "outrigger_xds_ordering_timeouts_total"); n != 1 {
+		t.Errorf("%v timeouts are counted, want 1", n)
+	}
+}
+
+// A cluster of which Envoy acknowledges the endpoints only after it has dropped
+// it counts as new when it comes back.
+func TestRouteWaitsForAClusterThatCameBack(t *testing.T) {
+	const v1, v2 = "shop/payments-v1:80", "shop/payments-v2:80"
+	s := newServer(discovery.Options{Grace: -1})
+	c := onlyV1(t, s)
+	publish(t, s, split("payments-v2"))
+	c.ack(c.expect(xdsgen.ClusterType, v2, "-"+v1))
+	c.subscribe(xdsgen.EndpointType, v2)
+	endpoints := c.expect(xdsgen.EndpointType, v2)
+	publish(t, s, split("payments-v1"))
+	r := c.expect(xdsgen.ClusterType, v1, "-"+v2)
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: xdsgen.EndpointType, ResourceNamesUnsubscribe: []string{v2}})
+	c.ack(r)
+	c.ack(endpoints)
+	// The route has not changed for the client: that to v2 was never sent.
+	c.quiet(50 * time.Millisecond)
+	waitFor(t, "applied", func() bool { return s.Applied()[1].Applied == 1 })
+	publish(t, s, split("payments-v2"))
+	c.ack(c.expect(xdsgen.ClusterType, v2, "-"+v1))
+	c.quiet(50 * time.Millisecond)
+	c.subscribe(xdsgen.EndpointType, v2)
+	endpoints = c.expect(xdsgen.EndpointType, v2)
+	c.quiet(50 * time.Millisecond)
+	c.ack(endpoints)
+	c.ack(c.expect(xdsgen.RouteType, key))
+}
+
+// SotW is ordered alike. Its listeners are sent in full, so that all are kept
+// back until one that is new may be sent.
+func TestSotWListenersWaitForTheirClusters(t *testing.T) {
+	s := newServer(discovery.Options{})
+	publish(t, s, &mesh.Mesh{})
+	stream, err := dial(t, start(t, s)).StreamAggregatedResources(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan *discoveryv3.DiscoveryResponse, 8)
+	go func() {
+		defer close(got)
+		for {
+			r, err := stream.Recv()
+			if err != nil {
+				return
+			}
+			got <- r
+		}
+	}()
+	node := envoy("storefront-0.shop", "payments.shop:80=127.0.0.1:4001")
+	send := func(typeURL string, r *discoveryv3.DiscoveryResponse, names ...string) {
+		t.Helper()
+		if err := stream.Send(&discoveryv3.DiscoveryRequest{
+			Node: node, TypeUrl: typeURL, ResourceNames: names, ResponseNonce: r.GetNonce(), VersionInfo: r.GetVersionInfo(),
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect := func(typeURL string, n int) *discoveryv3.DiscoveryResponse {
+		t.Helper()
+		select {
+		case r := <-got:
+			if r.GetTypeUrl() != typeURL || len(r.GetResources()) != n {
+				t.Fatalf("got %d of %s, want %d of %s", len(r.GetResources()), r.GetTypeUrl(), n, typeURL)
+			}
+			return r
+		case <-time.After(time.Second):
+			t.Fatalf("no %s within a second", typeURL)
+		}
+		return nil
+	}
+	quiet := func() {
+		t.Helper()
+		select {
+		case r := <-got:
+			t.Fatalf("unexpected response of %s", r.GetTypeUrl())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	for _, typeURL := range []string{xdsgen.ClusterType, xdsgen.ListenerType} {
+		send(typeURL, nil)
+		send(typeURL, expect(typeURL, 0))
+	}
+	quiet()
+	publish(t, s, shop("127.0.0.1:9"))
+	clusters := expect(xdsgen.ClusterType, 1)
+	send(xdsgen.ClusterType, clusters)
+	send(xdsgen.EndpointType, nil, key)
+	endpoints := expect(xdsgen.EndpointType, 1)
+	quiet()
+	send(xdsgen.EndpointType, endpoints, key)
+	expect(xdsgen.ListenerType, 1)
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func counted(t *testing.T, g prometheus.Gatherer, name string) (n float64) {
+	t.Helper()
+	families, err := g.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == name {
+			for _, m := range f.GetMetric() {
+				n += m.GetCounter().GetValue()
+			}
+		}
+	}
+	return n
 }
 
 func TestSotWSubsetIsAnswered(t *testing.T) {

@@ -22,6 +22,10 @@
 //   - Additions are pushed in the order clusters, endpoints, listeners, routes.
 //     Listeners are removed at once; routes, clusters and endpoints stay for a
 //     grace period, for those who still hold what refers to them.
+//   - An Envoy is sent a listener or route only after it has acknowledged the
+//     clusters that it leads to and their endpoints: what is routed to a cluster
+//     that is still warming is answered with an error. After 2 s it is sent all
+//     the same, and counted. The others wait for what they need by themselves.
 //   - Only an Envoy may ask with a wildcard; it gets the listeners that its node
 //     metadata asks for and the clusters that those can reach.
 package discovery
@@ -87,7 +91,7 @@ type Server struct {
 	metrics *metrics
 	cache   *configCache
 	tracker *tracker
-	wake    chan struct{} // a removal may be due earlier than before
+	wake    chan struct{} // something may be due earlier than before
 }
 
 // New makes a Server that has nothing to serve until Publish.
@@ -104,7 +108,13 @@ func New(o Options) *Server {
 	if o.Limits.Streams == 0 {
 		o.Limits.Streams = defaultStreams
 	}
-	s := &Server{log: o.Log, metrics: newMetrics(o.Registry), cache: newConfigCache(o.Grace), wake: make(chan struct{}, 1)}
+	s := &Server{log: o.Log, metrics: newMetrics(o.Registry), wake: make(chan struct{}, 1)}
+	s.cache = newConfigCache(o.Grace, time.Now, func() {
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+	}, func(typeURL string) { s.metrics.ordering.WithLabelValues(shortType(typeURL)).Inc() })
 	s.tracker = &tracker{
 		cache: s.cache, log: o.Log, metrics: s.metrics, now: time.Now, limits: o.Limits, streams: map[streamKey]*stream{},
 	}
@@ -114,7 +124,7 @@ func New(o Options) *Server {
 // Publish puts m in force and pushes what changed. m must not be changed
 // afterwards. On an error the previous Mesh stays in force.
 func (s *Server) Publish(m *mesh.Mesh) error {
-	changed, _, err := s.cache.publish(m, time.Now())
+	changed, err := s.cache.publish(m)
 	if err != nil {
 		return fmt.Errorf("publish xDS: %w", err)
 	}
@@ -125,10 +135,6 @@ func (s *Server) Publish(m *mesh.Mesh) error {
 	}
 	for t, n := range changed {
 		s.metrics.changed.WithLabelValues(shortType(t)).Add(float64(n))
-	}
-	select {
-	case s.wake <- struct{}{}:
-	default:
 	}
 	return nil
 }
@@ -233,7 +239,8 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	return fmt.Errorf("serve xDS on %s: %w", lis.Addr(), err)
 }
 
-// sweep removes what is past its grace period until ctx ends.
+// sweep removes what is past its grace period, and pushes what was held back
+// for long enough, until ctx ends.
 func (s *Server) sweep(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -245,7 +252,7 @@ func (s *Server) sweep(ctx context.Context) {
 		case <-s.wake:
 		}
 		timer.Stop()
-		if next := s.cache.sweep(time.Now()); !next.IsZero() {
+		if next := s.cache.sweep(); !next.IsZero() {
 			timer.Reset(max(time.Until(next), time.Millisecond))
 		}
 	}
@@ -270,6 +277,7 @@ type metrics struct {
 	refused   *prometheus.CounterVec
 	resources *prometheus.GaugeVec
 	changed   *prometheus.CounterVec
+	ordering  *prometheus.CounterVec
 	push      prometheus.Histogram
 }
 
@@ -293,6 +301,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		changed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "outrigger_xds_resource_changes_total", Help: "Resources that a publish added, changed or removed, over all data planes.",
 		}, []string{"type"}),
+		ordering: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "outrigger_xds_ordering_timeouts_total",
+			Help: "Listeners and routes that an Envoy was sent without having acknowledged, for 2 s, the clusters that they lead to, by response.",
+		}, []string{"type"}),
 		push: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "outrigger_xds_push_duration_seconds", Help: "From the publish of a change to its acknowledgement by a data plane.",
 			Buckets:                     prometheus.ExponentialBuckets(0.001, 2, 15),
@@ -306,6 +318,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		m.acks.WithLabelValues(shortType(t))
 		m.nacks.WithLabelValues(shortType(t))
 	}
-	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.push)
+	for _, t := range []string{xds.ListenerType, xds.RouteType} {
+		m.ordering.WithLabelValues(shortType(t))
+	}
+	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.push)
 	return m
 }

@@ -80,7 +80,7 @@ type stream struct {
 	node      string
 	dp        xds.DataPlane
 	viewKey   string
-	held      bool
+	client    *client // Envoy only; its view is held
 	connected time.Time
 	types     map[string]*typeState
 }
@@ -138,7 +138,8 @@ func (t *tracker) closed(k streamKey) {
 	if s == nil {
 		return
 	}
-	if s.held {
+	if s.client != nil {
+		t.cache.disconnect(s.client)
 		t.cache.release(s.viewKey)
 	}
 	if s.node != "" {
@@ -150,6 +151,7 @@ func (t *tracker) closed(k streamKey) {
 // introduce takes the node of a stream's first request.
 func (t *tracker) introduce(s *stream, node *corev3.Node) error {
 	if s.node != "" {
+		t.cache.knownBy(s.client, node)
 		return nil
 	}
 	if node.GetId() == "" {
@@ -163,10 +165,11 @@ func (t *tracker) introduce(s *stream, node *corev3.Node) error {
 			t.metrics.refused.WithLabelValues("node").Inc()
 			return grpcstatus.Errorf(codes.InvalidArgument, "node %s: %v", node.GetId(), err)
 		}
-		if err := t.cache.hold(n, t.now()); err != nil {
+		if err := t.cache.hold(n); err != nil {
 			return grpcstatus.Errorf(codes.Internal, "node %s: %v", node.GetId(), err)
 		}
-		s.viewKey, s.held = n.Key(), true
+		s.viewKey, s.client = n.Key(), t.cache.connect()
+		t.cache.knownBy(s.client, node)
 	}
 	s.node = node.GetId()
 	t.metrics.connected.WithLabelValues(string(s.dp)).Inc()
@@ -220,8 +223,10 @@ func (t *tracker) answered(s *stream, ts *typeState, typeURL, nonce string, deta
 		clear(ts.acked)
 		ts.nack = nil
 	}
-	maps.Copy(ts.acked, r.resources)
-	for name := range r.resources {
+	for name, version := range r.resources {
+		if _, named := ts.names[name]; named || wildcards(typeURL) {
+			ts.acked[name] = version // else it has unsubscribed meanwhile
+		}
 		ts.settle(name)
 	}
 	for _, name := range r.removed {
@@ -267,6 +272,14 @@ func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
 			r.since = cur.since
 		}
 	}
+	// What is being taken away does not count as there any more.
+	if r.full {
+		maps.DeleteFunc(ts.acked, func(name, _ string) bool { _, stays := r.resources[name]; return !stays })
+	}
+	for _, name := range r.removed {
+		delete(ts.acked, name)
+	}
+	t.cache.acknowledged(s.client, typeURL, ts.acked)
 	if len(ts.pending) >= maxPending {
 		clear(ts.pending)
 	}
@@ -314,6 +327,7 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 			delete(ts.acked, name)
 		}
 	}
+	t.cache.acknowledged(s.client, req.GetTypeUrl(), ts.acked)
 	return t.checkNames(s, ts, req.GetTypeUrl(), req.GetResourceNames())
 }
 
@@ -347,6 +361,7 @@ func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscovery
 		delete(ts.acked, name)
 		ts.settle(name)
 	}
+	t.cache.acknowledged(s.client, req.GetTypeUrl(), ts.acked)
 	return t.checkNames(s, ts, req.GetTypeUrl(), req.GetResourceNamesSubscribe())
 }
 
@@ -354,7 +369,7 @@ func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscovery
 func (t *tracker) OnStreamResponse(_ context.Context, id int64, _ *discoveryv3.DiscoveryRequest, resp *discoveryv3.DiscoveryResponse) {
 	r := &response{
 		version: resp.GetVersionInfo(), resources: map[string]string{},
-		full: resp.GetTypeUrl() == xds.ListenerType || resp.GetTypeUrl() == xds.ClusterType,
+		full: wildcards(resp.GetTypeUrl()),
 	}
 	for _, a := range resp.GetResources() {
 		r.resources[encodedName(a.GetValue())] = xds.VersionOf(a.GetValue())
@@ -389,7 +404,7 @@ func (t *tracker) status() []NodeStatus {
 			continue
 		}
 		n := NodeStatus{
-			ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.viewKey), Applied: true,
+			ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.viewKey), Applied: !t.cache.holding(s.client),
 			Types: make([]TypeStatus, 0, len(s.types)),
 		}
 		if k.delta {
@@ -419,6 +434,10 @@ func (t *tracker) status() []NodeStatus {
 	})
 	return out
 }
+
+// wildcards reports whether a type may be asked for without names, and is sent
+// in full in SotW.
+func wildcards(typeURL string) bool { return typeURL == xds.ListenerType || typeURL == xds.ClusterType }
 
 // shortType is the word that people use for a type.
 func shortType(typeURL string) string {

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -24,12 +25,15 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
 
-// EnvoyNode is what a real Envoy said in its node metadata about the ports that
-// it is to open.
+// EnvoyNode is what a real Envoy said in its node metadata: whose proxy it is,
+// and the ports that it is to open.
 type EnvoyNode struct {
+	Namespace string
+	Workload  string
 	Upstreams []bootstrap.Upstream
 	Inbounds  []bootstrap.Inbound
 }
@@ -37,6 +41,7 @@ type EnvoyNode struct {
 // Key tells nodes apart that need different listeners; replicas share one.
 func (n EnvoyNode) Key() string {
 	var b strings.Builder
+	b.WriteString(strconv.Quote(n.Namespace) + strconv.Quote(n.Workload) + "\n")
 	for _, u := range n.Upstreams {
 		b.WriteString(u.String() + "\n")
 	}
@@ -46,11 +51,14 @@ func (n EnvoyNode) Key() string {
 	return b.String()
 }
 
-// ParseEnvoyNode reads the lists UPSTREAMS and INBOUNDS of the node metadata
-// that bootstrap.Config writes. Both may be absent. The error names every entry
+// ParseEnvoyNode reads NAMESPACE, WORKLOAD and the lists UPSTREAMS and INBOUNDS
+// of the node metadata that bootstrap.Config writes. Each may be absent. The error names every entry
 // that cannot be read.
 func ParseEnvoyNode(metadata *structpb.Struct) (EnvoyNode, error) {
-	var n EnvoyNode
+	n := EnvoyNode{
+		Namespace: metadata.GetFields()[bootstrap.MetaNamespace].GetStringValue(),
+		Workload:  metadata.GetFields()[bootstrap.MetaWorkload].GetStringValue(),
+	}
 	var errs []error
 	ups := metadata.GetFields()[bootstrap.MetaUpstreams].GetListValue().GetValues()
 	ins := metadata.GetFields()[bootstrap.MetaInbounds].GetListValue().GetValues()
@@ -112,16 +120,17 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 			Name: name, Address: socketAddress(u.Listen), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
 			FilterChains: []*listenerv3.FilterChain{outboundChain(u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
 				if m != nil {
-					forEnvoy(m, corev3.TrafficDirection_OUTBOUND)
+					forEnvoy(m, n.logFields("outbound", u.Key()))
 					return
 				}
-				t.AccessLog = accessLog(tcpLogFields())
+				t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
 			})},
 		}
 		r, err := encode(ListenerType, name, l)
 		if err != nil {
 			return nil, err
 		}
+		r.Reaches = ps.reaches
 		v.Listeners[name] = r
 		for _, c := range ps.reaches {
 			if r := s.types[ClusterType][c]; r != nil {
@@ -132,7 +141,7 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 	slices.Sort(v.Missing)
 	v.Missing = slices.Compact(v.Missing)
 	for _, in := range n.Inbounds {
-		l, err := encode(ListenerType, "inbound/"+in.Listen.String(), inboundListener(in))
+		l, err := encode(ListenerType, "inbound/"+in.Listen.String(), n.inboundListener(in))
 		if err != nil {
 			return nil, err
 		}
@@ -142,6 +151,7 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 			return nil, err
 		}
 		v.Clusters[c.Name] = c
+		l.Reaches = []string{c.Name}
 	}
 	return v, nil
 }
@@ -152,14 +162,15 @@ func (v *EnvoyView) Equal(o *EnvoyView) bool {
 	return maps.EqualFunc(v.Listeners, o.Listeners, same) && maps.EqualFunc(v.Clusters, o.Clusters, same)
 }
 
-func inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
+func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 	to := "inbound/" + in.Forward.String()
+	fields := n.logFields("inbound", mesh.Key(n.Namespace, n.Workload, in.Forward.Port()))
 	l := &listenerv3.Listener{
 		Name: "inbound/" + in.Listen.String(), Address: socketAddress(in.Listen), TrafficDirection: corev3.TrafficDirection_INBOUND,
 	}
 	if in.Protocol == "tcp" {
 		l.FilterChains = []*listenerv3.FilterChain{chain(filterTCPProxy, &tcpproxyv3.TcpProxy{
-			StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(tcpLogFields()),
+			StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(fields.tcp()),
 		})}
 		return l
 	}
@@ -179,7 +190,7 @@ func inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 			}},
 		}},
 	}}
-	forEnvoy(m, corev3.TrafficDirection_INBOUND)
+	forEnvoy(m, fields)
 	l.FilterChains = []*listenerv3.FilterChain{chain(filterHCM, m)}
 	return l
 }
@@ -217,51 +228,77 @@ func inboundCluster(in bootstrap.Inbound) *clusterv3.Cluster {
 }
 
 // forEnvoy adds what our own sidecar does by itself.
-func forEnvoy(m *hcmv3.HttpConnectionManager, direction corev3.TrafficDirection) {
+func forEnvoy(m *hcmv3.HttpConnectionManager, fields logFields) {
 	m.NormalizePath = wrapperspb.Bool(true)
 	m.UpgradeConfigs = []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}}
-	m.AccessLog = accessLog(httpLogFields(strings.ToLower(direction.String())))
+	m.AccessLog = accessLog(fields.http())
 }
 
-// httpLogFields are Elastic Common Schema names, as our sidecar's access log.
-func httpLogFields(direction string) map[string]string {
-	return map[string]string{
-		"@timestamp":                "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
-		"event.dataset":             "outrigger.access",
-		"event.duration":            "%COMMON_DURATION(DS_RX_BEG:DS_TX_END:ns)%",
-		"network.direction":         direction,
-		"http.request.method":       "%REQ(:METHOD)%",
-		"http.request.id":           "%REQ(X-REQUEST-ID)%",
-		"http.response.status_code": "%RESPONSE_CODE%",
-		"url.path":                  "%PATH(NQ:PATH)%", // the query may hold secrets
-		"url.domain":                "%REQ(:AUTHORITY)%",
-		"http.version":              "%PROTOCOL%",
-		"source.address":            "%DOWNSTREAM_REMOTE_ADDRESS%",
-		"destination.address":       "%UPSTREAM_HOST%",
-		"outrigger.cluster":         "%UPSTREAM_CLUSTER%",
-		"outrigger.route":           "%ROUTE_NAME%",
-		"outrigger.response_flags":  "%RESPONSE_FLAGS%",
-		"outrigger.attempts":        "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
-		"outrigger.detail":          "%RESPONSE_CODE_DETAILS%",
-		"trace.parent":              "%REQ(TRACEPARENT)%",
-	}
-}
+// logFields are the fields of an access log, by name: format strings of Envoy.
+// The names are those of our sidecar's access log, so that one search finds the
+// records of both; each kind has some that the other cannot know.
+type logFields map[string]string
 
-func tcpLogFields() map[string]string {
-	return map[string]string{
-		"@timestamp":               "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
+// logFields are those of every record of a listener that leads to destination.
+func (n EnvoyNode) logFields(direction, destination string) logFields {
+	f := logFields{
+		"@timestamp":               "%START_TIME(%Y-%m-%dT%H:%M:%S.%6fZ)%",
 		"event.dataset":            "outrigger.access",
-		"event.duration":           "%DURATION%000000",
+		"outrigger.direction":      direction,
+		"outrigger.destination":    literal(destination),
 		"source.address":           "%DOWNSTREAM_REMOTE_ADDRESS%",
 		"destination.address":      "%UPSTREAM_HOST%",
 		"outrigger.cluster":        "%UPSTREAM_CLUSTER%",
 		"outrigger.response_flags": "%RESPONSE_FLAGS%",
-		"source.bytes":             "%BYTES_RECEIVED%",
-		"destination.bytes":        "%BYTES_SENT%",
+		"http.request.body.bytes":  "%BYTES_RECEIVED%",
+		"http.response.body.bytes": "%BYTES_SENT%",
 	}
+	if n.Workload != "" {
+		f["service.name"] = literal(n.Workload)
+	}
+	if n.Namespace != "" {
+		f["service.namespace"] = literal(n.Namespace)
+	}
+	return f
 }
 
-func accessLog(format map[string]string) []*accesslogv3.AccessLog {
+// literal is text in which Envoy sees no command.
+func literal(text string) string { return strings.ReplaceAll(text, "%", "%%") }
+
+// http adds what is known of a request. What a stranger wrote is cut at the
+// lengths at which our sidecar cuts it. Envoy makes no trace.id without tracing:
+// the header is logged as it came.
+func (f logFields) http() logFields {
+	maps.Copy(f, logFields{
+		"message":                          "%REQ(:METHOD):256% %PATH(NQ:PATH):128% -> %RESPONSE_CODE% %RESPONSE_FLAGS% %DURATION%ms",
+		"network.protocol":                 "http",
+		"event.duration":                   "%COMMON_DURATION(DS_RX_BEG:DS_TX_END:ns)%",
+		"http.request.method":              "%REQ(:METHOD):256%",
+		"http.request.id":                  "%REQ(X-REQUEST-ID):256%",
+		"http.request.headers.traceparent": "%REQ(TRACEPARENT):256%",
+		"http.response.status_code":        "%RESPONSE_CODE%",
+		"http.version":                     "%PROTOCOL%",
+		"url.path":                         "%PATH(NQ:PATH):1024%", // the query may hold secrets
+		"url.domain":                       "%REQ(:AUTHORITY):256%",
+		"user_agent.original":              "%REQ(USER-AGENT):256%",
+		"outrigger.route":                  "%ROUTE_NAME%",
+		"outrigger.attempts":               "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+		"outrigger.detail":                 "%RESPONSE_CODE_DETAILS%",
+	})
+	return f
+}
+
+// tcp adds what is known of a connection.
+func (f logFields) tcp() logFields {
+	maps.Copy(f, logFields{
+		"message":          "tcp -> %RESPONSE_FLAGS% %DURATION%ms",
+		"network.protocol": "tcp",
+		"event.duration":   "%DURATION%000000",
+	})
+	return f
+}
+
+func accessLog(format logFields) []*accesslogv3.AccessLog {
 	f := make(map[string]*structpb.Value, len(format))
 	for k, v := range format {
 		f[k] = structpb.NewStringValue(v)

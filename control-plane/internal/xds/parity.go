@@ -117,7 +117,11 @@ func breakerLimits(p *parity, b *mesh.CircuitBreaker) {
 		only = envoyDetail
 	}
 	if l.Connections != nil {
-		p.note("limits.connections", envoy, envoyDetail, Ignored, only)
+		cs, cd := envoy, envoyDetail
+		if !b.Observe {
+			cs, cd = Approximated, "beyond it requests wait for a connection, as many as limits.pendingRequests allows, and are not rejected"
+		}
+		p.note("limits.connections", cs, cd, Ignored, only)
 	}
 	if l.PendingRequests != nil {
 		p.note("limits.pendingRequests", envoy, envoyDetail, Ignored, only)

@@ -111,6 +111,9 @@ type Resource struct {
 	// cluster's.
 	Version string
 	Any     *anypb.Any
+	// Reaches names, for a listener of an Envoy and for a route, the clusters that
+	// requests may go to, sorted. Some may not exist.
+	Reaches []string
 }
 
 // Resources of one type by name.
@@ -245,6 +248,9 @@ func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*por
 			}
 		}
 		ps.reaches = reaches(key, p)
+		if ps.route != nil {
+			ps.route.Reaches = ps.reaches
+		}
 	}
 	if old != nil && slices.Equal(old.port.Endpoints, p.Endpoints) && (dp != Envoy || old.cluster == ps.cluster) {
 		ps.endpoints = old.endpoints
