@@ -34,13 +34,17 @@ func (c *columns) render(f map[string]any) string {
 	if len(stamp) > stampWidth {
 		stamp = stamp[:stampWidth]
 	}
-	fmt.Fprintf(&b, "%s %-*s %-*s ", stamp, c.service, clean(text(f, "service.name")), levelWidth, clean(text(f, "log.level")))
+	fmt.Fprintf(&b, "%-*s %-*s %-*s ", stampWidth, stamp, c.service, clean(text(f, "service.name")), levelWidth, clean(text(f, "log.level")))
 	message := strings.Split(strings.TrimRight(text(f, "message"), "\r\n"), "\n")
 	for i, line := range message {
+		line = clean(strings.TrimSuffix(line, "\r"))
 		if i > 0 {
-			b.WriteString("\n" + strings.Repeat(" ", stampWidth+c.service+levelWidth+3))
+			b.WriteByte('\n')
+			if line != "" {
+				line = strings.Repeat(" ", stampWidth+c.service+levelWidth+3) + line
+			}
 		}
-		b.WriteString(clean(strings.TrimSuffix(line, "\r")))
+		b.WriteString(line)
 	}
 	if d := text(f, "outrigger.direction"); d != "" {
 		fmt.Fprintf(&b, " [%s %s]", clean(d), clean(text(f, "outrigger.destination")))

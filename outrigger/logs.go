@@ -66,6 +66,9 @@ func (c *cli) search() *cobra.Command {
 				}
 				fmt.Fprintf(cmd.ErrOrStderr(), "no record matches %s: look further back, or search without a query to see what there is\n", within)
 			}
+			if len(found) == limit {
+				fmt.Fprintf(cmd.ErrOrStderr(), "these are the newest %d; there may be more: raise --limit or narrow the query\n", limit)
+			}
 			return nil
 		},
 	}

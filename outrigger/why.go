@@ -75,11 +75,11 @@ func (c *cli) whyBreaker(ctx context.Context, id string) error {
 	if e.Mode == "Observe" {
 		would = " (Observe mode: nothing was rejected)"
 	}
-	fmt.Fprintf(c.stdout, "Circuit breaker %s: %s -> %s%s\n", e.Policy, e.From, strings.ToUpper(e.State), would)
+	fmt.Fprintf(c.stdout, "Circuit breaker %s: %s -> %s%s\n", clean(e.Policy), clean(e.From), clean(strings.ToUpper(e.State)), would)
 	fmt.Fprintf(c.stdout, "  when       %s\n", e.At.Format(time.RFC3339Nano))
-	fmt.Fprintf(c.stdout, "  caller     %s (%s)\n", e.Service, e.Instance)
-	fmt.Fprintf(c.stdout, "  called     %s\n", e.Destination)
-	fmt.Fprintf(c.stdout, "  because    %s\n", e.Reason)
+	fmt.Fprintf(c.stdout, "  caller     %s (%s)\n", clean(e.Service), clean(e.Instance))
+	fmt.Fprintf(c.stdout, "  called     %s\n", clean(e.Destination))
+	fmt.Fprintf(c.stdout, "  because    %s\n", clean(e.Reason))
 	if len(e.Requests) == 0 {
 		return nil
 	}
@@ -94,13 +94,18 @@ func (c *cli) whyBreaker(ctx context.Context, id string) error {
 		if r.Status != 0 {
 			status = fmt.Sprint(r.Status)
 		}
-		fmt.Fprintf(w, "  %s\t%s\t%s %s\t%s\t%s\t%s\t%s\t%s\n", mark, r.At.Format("15:04:05.000"), r.Method, r.Path, r.Endpoint, status, r.Flags,
-			time.Duration(r.Duration).Round(10*time.Microsecond), r.TraceID)
+		fmt.Fprintf(w, "  %s\t%s\t%s %s\t%s\t%s\t%s\t%s\t%s\n", mark, r.At.Format("15:04:05.000"), clean(r.Method), clean(r.Path), clean(r.Endpoint), status, clean(r.Flags),
+			time.Duration(r.Duration).Round(10*time.Microsecond), clean(r.TraceID))
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.stdout, "\nNext: outrigger why %s\n", e.Requests[len(e.Requests)-1].TraceID)
+	for _, r := range slices.Backward(e.Requests) {
+		if r.TraceID != "" {
+			fmt.Fprintf(c.stdout, "\nNext: outrigger why %s\n", clean(r.TraceID))
+			break
+		}
+	}
 	return nil
 }
 
@@ -109,7 +114,7 @@ func (c *cli) whyRequest(ctx context.Context, id string) error {
 	var widths columns
 	var advice []string
 	query := fmt.Sprintf("trace.id:%q OR http.request.id:%q", id, id)
-	err := c.records(ctx, "/api/v1/logs", url.Values{"query": {query}, "since": {"24h"}, "limit": {"1000"}}, func(_ []byte, f map[string]any) error {
+	err := c.records(ctx, "/api/v1/logs", url.Values{"query": {query}, "limit": {"1000"}}, func(_ []byte, f map[string]any) error {
 		widths.fit(f)
 		found = append(found, f)
 		if a := explain(f); a != "" && !slices.Contains(advice, a) {
@@ -125,7 +130,7 @@ func (c *cli) whyRequest(ctx context.Context, id string) error {
 		return err
 	}
 	if len(found) == 0 {
-		return fmt.Errorf("no record of the last 24 h has trace.id or http.request.id %s: is it whole, and does its node ship logs to this collector?", id)
+		return fmt.Errorf("no record that is kept has trace.id or http.request.id %s: is it whole, and does its node ship logs to this collector?", id)
 	}
 	fmt.Fprintf(c.stdout, "Request %s, %d records:\n\n", id, len(found))
 	for _, f := range slices.Backward(found) {
@@ -134,7 +139,7 @@ func (c *cli) whyRequest(ctx context.Context, id string) error {
 	if len(advice) > 0 {
 		fmt.Fprintln(c.stdout, "\nWhat the flags mean:")
 		for _, a := range slices.Backward(advice) {
-			fmt.Fprintln(c.stdout, "  "+a)
+			fmt.Fprintln(c.stdout, "  "+clean(a))
 		}
 	}
 	return nil

@@ -135,7 +135,7 @@ func (d *day) openOnce() (err error) {
 			err = errors.Join(fmt.Errorf("%s: %w", filepath.Base(d.path), err), d.close())
 		}
 	}()
-	d.write, err = sql.Open("sqlite", dsn("busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "journal_size_limit(67108864)", "cache_size(-16384)"))
+	d.write, err = sql.Open("sqlite", dsn("busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "journal_size_limit(67108864)", "cache_size(-4096)"))
 	if err != nil {
 		return err
 	}
@@ -158,7 +158,10 @@ func (d *day) openOnce() (err error) {
 	if err != nil {
 		return err
 	}
+	// Every connection has a cache of its own: those of a search go with it.
 	d.read.SetMaxOpenConns(4)
+	d.read.SetMaxIdleConns(1)
+	d.read.SetConnMaxIdleTime(10 * time.Second)
 	return nil
 }
 
