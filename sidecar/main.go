@@ -184,6 +184,17 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	}
 	actor(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 	actor(client.Run)
+	actor(func(ctx context.Context) error {
+		select {
+		case <-client.Ready():
+			// What start-up took is not needed again: a sidecar that idles for months
+			// should not hold it.
+			debug.FreeOSMemory()
+		case <-ctx.Done():
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	})
 	for u, l := range outbound {
 		actor(func(ctx context.Context) error { return carrier.ServeOutbound(ctx, l, u.Key()) })
 	}
