@@ -40,25 +40,8 @@ if [[ ! -x $binary ]]; then
 fi
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/outrigger-vm.XXXXXX")
-server=
-stop() {
-	local status=$?
-	trap - EXIT INT TERM
-	if [[ -n $server ]] && kill -0 "$server" 2>/dev/null; then
-		kill -TERM "$server" 2>/dev/null || true
-		for _ in $(seq 100); do
-			kill -0 "$server" 2>/dev/null || break
-			sleep 0.1
-		done
-		kill -KILL "$server" 2>/dev/null || true
-	fi
-	[[ -z $server ]] || wait "$server" 2>/dev/null || true
-	rm -rf "$work"
-	exit "$status"
-}
-trap stop EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+# shellcheck source=deploy/peers/stop.bash
+. "$root/deploy/peers/stop.bash"
 
 # The server does not say which port the kernel gave it, so a port is tried, and
 # another if it was taken in between.
