@@ -302,21 +302,30 @@ func (t *tracker) OnDeltaStreamOpen(_ context.Context, id int64, _ string) error
 // OnDeltaStreamClosed implements the library's callbacks.
 func (t *tracker) OnDeltaStreamClosed(id int64, _ *corev3.Node) { t.closed(streamKey{true, id}) }
 
+// receive is what both protocols begin a request with: who asks, and whether for
+// a type that is served. It is called with the lock held.
+func (t *tracker) receive(key streamKey, node *corev3.Node, typeURL string) (*stream, *typeState, error) {
+	s := t.streams[key]
+	if s == nil {
+		return nil, nil, grpcstatus.Error(codes.Internal, "unknown stream")
+	}
+	if err := t.introduce(s, node); err != nil {
+		return nil, nil, err
+	}
+	if !slices.Contains(xds.TypeURLs(), typeURL) {
+		return nil, nil, errUnservedType(typeURL)
+	}
+	return s, s.of(typeURL), nil
+}
+
 // OnStreamRequest implements the library's callbacks.
 func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := t.streams[streamKey{false, id}]
-	if s == nil {
-		return grpcstatus.Error(codes.Internal, "unknown stream")
-	}
-	if err := t.introduce(s, req.GetNode()); err != nil {
+	s, ts, err := t.receive(streamKey{false, id}, req.GetNode(), req.GetTypeUrl())
+	if err != nil {
 		return err
 	}
-	if !slices.Contains(xds.TypeURLs(), req.GetTypeUrl()) {
-		return errUnservedType(req.GetTypeUrl())
-	}
-	ts := s.of(req.GetTypeUrl())
 	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
 	clear(ts.names)
 	for _, name := range req.GetResourceNames() {
@@ -335,17 +344,10 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscoveryRequest) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := t.streams[streamKey{true, id}]
-	if s == nil {
-		return grpcstatus.Error(codes.Internal, "unknown stream")
-	}
-	if err := t.introduce(s, req.GetNode()); err != nil {
+	s, ts, err := t.receive(streamKey{true, id}, req.GetNode(), req.GetTypeUrl())
+	if err != nil {
 		return err
 	}
-	if !slices.Contains(xds.TypeURLs(), req.GetTypeUrl()) {
-		return errUnservedType(req.GetTypeUrl())
-	}
-	ts := s.of(req.GetTypeUrl())
 	// What it brings from an earlier stream, it has acknowledged there.
 	if n := len(req.GetInitialResourceVersions()); n > t.limits.Names {
 		t.metrics.refused.WithLabelValues("names").Inc()
