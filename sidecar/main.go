@@ -135,7 +135,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			return err
 		}
 	}
-	carrier := &proxy.Proxy{Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics, Events: log}
+	carrier := &proxy.Proxy{Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics}
 
 	// Everything that can fail has failed before the first goroutine starts.
 	ctx, quit := context.WithCancel(ctx)

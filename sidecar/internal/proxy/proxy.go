@@ -12,7 +12,6 @@
 package proxy
 
 import (
-	"log/slog"
 	"math/rand/v2"
 	"time"
 
@@ -60,7 +59,6 @@ type Proxy struct {
 	Log      *accesslog.Log
 	Metrics  *telemetry.Metrics
 	Spans    *telemetry.Spans // nil: none are exported
-	Events   *slog.Logger
 }
 
 // layer is one step of a path. It returns false when the request has been

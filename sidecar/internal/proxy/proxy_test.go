@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -90,7 +89,7 @@ func start(t testing.TB, adjust func(*table.Cluster, *route.Route), servers ...s
 	}, func(string, outlier.Event) {})
 	p := &proxy.Proxy{
 		Node: node, Table: m.table, Clusters: clusters, Conns: m.conns, Log: accesslog.New("shop", "storefront", "storefront-0"),
-		Metrics: telemetry.NewMetrics(m.registry, node), Events: slog.New(slog.DiscardHandler),
+		Metrics: telemetry.NewMetrics(m.registry, node),
 	}
 	m.clusters, m.proxy = clusters, p
 	l, err := program.Listen(t.Context(), "--upstream payments", "127.0.0.1:0")
