@@ -16,4 +16,6 @@ type Endpoint struct {
 	Zone     string
 	Healthy  bool
 	Weight   uint32
+	// TLS: the endpoint takes mutual TLS, and is not spoken to without.
+	TLS bool
 }

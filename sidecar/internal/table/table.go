@@ -33,12 +33,25 @@ type Destination struct {
 	Key string
 	// Missing: the control plane answered that no such service exists.
 	Missing bool
-	// Protocol is http or tcp.
+	// Protocol is http, tcp, tls (bytes, routed by server name) or auto, which is
+	// found out for each connection: http where it begins as HTTP, else as tcp.
 	Protocol string
-	// Routes of an http destination.
+	// Routes of an http or auto destination.
 	Routes *route.Config
-	// Cluster of a tcp destination.
+	// Cluster of a tcp or auto destination, and of a tls one for the server names
+	// that ServerNames does not hold; empty there refuses them.
 	Cluster string
+	// ServerNames of a tls destination, in order of precedence.
+	ServerNames []ServerName
+}
+
+// ServerName leads the TLS connections of a server name (RFC 6066, 3) to a
+// cluster, undecrypted.
+type ServerName struct {
+	// Name in lower case; "*." at its beginning stands for one or more labels.
+	Name string
+	// Clusters with weights.
+	Clusters []route.Weighted
 }
 
 // Cluster is a destination's endpoints and the policies that guard them.
@@ -54,6 +67,20 @@ type Cluster struct {
 	Budget        retry.Budget
 	// Policy is <namespace>/<name> of the CircuitBreaker; empty without one.
 	Policy string
+	// HTTP2: requests are sent over HTTP/2.
+	HTTP2 bool
+	// TLS is how the endpoints that say so (balance.Endpoint.TLS) are reached; nil
+	// where none is.
+	TLS *TLS
+}
+
+// TLS is mutual TLS towards the endpoints of a cluster.
+type TLS struct {
+	// Identities are the SPIFFE IDs of which the peer must prove one, sorted. None
+	// would accept nobody.
+	Identities []string
+	// ServerName to ask for (RFC 6066, 3); not what is verified.
+	ServerName string
 }
 
 // Limits of this proxy's use of a cluster; 0 is no limit.
