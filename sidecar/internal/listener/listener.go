@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/wire"
 )
 
 // MaxConnections that one Group serves at once. What is beyond is closed as soon
@@ -33,10 +35,17 @@ type Group struct {
 
 // Conn is an accepted connection.
 type Conn struct {
-	*net.TCPConn
+	wire.Conn
 	group *Group
-	idle  bool // guarded by group.mu
+	state atomic.Int32 // busy, idle or woken
+	drain func()       // guarded by group.mu
 }
+
+const (
+	busy int32 = iota
+	idle
+	woken // by Drain, while it was idle
+)
 
 // Draining reports whether no new work should begin: answers should say
 // Connection: close.
@@ -76,8 +85,8 @@ func (g *Group) Serve(ctx context.Context, l *net.TCPListener, handle func(*Conn
 			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
 		}
 		backoff = time.Millisecond
-		conn := &Conn{TCPConn: c, group: g}
-		if !g.add(conn) {
+		conn := &Conn{group: g}
+		if conn.Init(c, nil) != nil || !g.add(conn) {
 			g.refused.Add(1)
 			_ = c.Close()
 			continue
@@ -114,31 +123,53 @@ func (g *Group) remove(c *Conn) {
 // Idle says that the connection waits for its next request, and returns false
 // where it should end instead because the group drains.
 func (c *Conn) Idle() bool {
-	c.group.mu.Lock()
-	defer c.group.mu.Unlock()
-	c.idle = true
+	c.state.Store(idle)
+	// Either this sees that the group drains or Drain sees that we are idle.
 	return !c.group.draining.Load()
 }
 
-// Busy says that a request has begun.
+// Busy says that a request has begun: Drain lets it finish.
 func (c *Conn) Busy() {
+	if c.state.CompareAndSwap(idle, busy) || c.state.CompareAndSwap(busy, busy) {
+		return
+	}
+	// Drain woke us, yet a request had come. It interrupts with the lock held.
 	c.group.mu.Lock()
-	c.idle = false
+	c.state.Store(busy)
 	c.group.mu.Unlock()
+	c.Resume()
+}
+
+// OnDrain has f called when the group drains, at once if it does already: for a
+// protocol that can tell its peer to send no more requests. f must not block.
+func (c *Conn) OnDrain(f func()) {
+	c.group.mu.Lock()
+	c.drain = f
+	draining := c.group.draining.Load()
+	c.group.mu.Unlock()
+	if draining && f != nil {
+		f()
+	}
 }
 
 // Drain ends idle connections at once, lets busy ones finish, and closes what
 // is left when ctx ends. It returns how many had to be closed.
 func (g *Group) Drain(ctx context.Context) (forced int) {
+	var tell []func()
 	g.mu.Lock()
 	g.draining.Store(true)
 	for c := range g.conns {
-		if c.idle {
-			// Wakes the reader, who still serves a request whose first bytes are here.
-			_ = c.SetReadDeadline(time.Unix(1, 0))
+		if c.state.CompareAndSwap(idle, woken) {
+			c.Interrupt() // the reader still serves a request whose first bytes are here
+		}
+		if c.drain != nil {
+			tell = append(tell, c.drain)
 		}
 	}
 	g.mu.Unlock()
+	for _, f := range tell {
+		f()
+	}
 	done := make(chan struct{})
 	go func() { g.wg.Wait(); close(done) }()
 	select {

@@ -49,19 +49,20 @@ func TestDrainWakesTheIdleWaitsForTheBusyAndCutsTheRest(t *testing.T) {
 	g := &listener.Group{}
 	idling, release := make(chan bool, 1), make(chan struct{})
 	addr := serve(t, g, func(c *listener.Conn) {
-		b := make([]byte, 1)
-		if _, err := io.ReadFull(c, b); err != nil {
+		if c.Fill() != nil {
 			return
 		}
-		switch b[0] {
+		said := c.Unread()[0]
+		c.Use(1)
+		switch said {
 		case 'i':
 			idling <- c.Idle()
-			_, _ = c.Read(b) // until Drain sets the deadline
+			_ = c.Fill() // until Drain interrupts
 		case 'b':
 			<-release
 			_, _ = c.Write([]byte("done"))
 		case 'c':
-			_, _ = c.Read(b) // busy, and nothing comes: until it is cut
+			_ = c.Fill() // busy, and nothing comes: until it is cut
 		}
 	})
 	idle, busy, stuck := dial(t, addr), dial(t, addr), dial(t, addr)

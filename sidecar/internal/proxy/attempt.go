@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"math/rand/v2"
 	"strconv"
 	"time"
@@ -20,6 +19,9 @@ type result struct {
 	failure retry.Failure
 	// status of the response that came, or that the client is to be told.
 	status int
+	// grpc is the grpc-status of a response, as far as it is known; retry.NoGRPC
+	// without one.
+	grpc int
 	// flags to log if this attempt is the last.
 	flags accesslog.Flags
 	// held: the response was not passed on, because a retry has its place in the
@@ -84,7 +86,7 @@ func (x *exchange) attemptAll() bool {
 			}
 		}
 		x.backOff()
-		if x.in.gone() {
+		if x.down.gone() {
 			x.cluster.ReleaseRetry()
 			x.clientGone(result{client: true, why: errClientGone.Error()})
 			return false
@@ -105,7 +107,7 @@ func (x *exchange) attemptOnce(b *breaker.Breaker, v breaker.Verdict) (r result)
 	}
 	x.tried = append(x.tried, f.endpoint)
 	x.upstream = f.endpoint.Name
-	c, err := f.endpoint.Get(context.Background(), f.until)
+	over, err := f.connect()
 	switch {
 	case err != nil:
 		if limit := upstream.LimitOf(err); limit != "" {
@@ -115,10 +117,9 @@ func (x *exchange) attemptOnce(b *breaker.Breaker, v breaker.Verdict) (r result)
 		}
 		r = f.unconnected(err)
 	default:
-		if c.Over != "" {
-			x.overLimit(string(c.Over), true)
+		if over != "" {
+			x.overLimit(string(over), true)
 		}
-		f.c = c
 		r = f.run()
 	}
 	f.classify(r)
@@ -180,7 +181,7 @@ func (f *forwarding) classify(r result) {
 // was wanted.
 func (x *exchange) reserveRetry(r result) (bool, accesslog.Flags) {
 	p := &x.route.Retry
-	if r.final || !p.Retriable(x.req.Method, retry.Outcome{Status: statusOf(r), GRPCStatus: retry.NoGRPC, Failure: r.failure}) {
+	if r.final || !p.Retriable(x.req.Method, retry.Outcome{Status: statusOf(r), GRPCStatus: r.grpc, Failure: r.failure}) {
 		return false, 0
 	}
 	if x.attempts > p.Attempts || x.attempts >= maxAttempts {

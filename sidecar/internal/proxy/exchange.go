@@ -3,11 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
-	"errors"
-	"io"
 	"math/rand/v2"
-	"net"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -15,39 +11,37 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
-	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/retry"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/route"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/wire"
 )
 
-// exchange is one request and its response. A connection has one, used again
-// for each of its requests; nothing in it is shared between connections.
+// exchange is one request and its response: what both versions of HTTP have in
+// common. It is part of the downstream that it belongs to and used again with
+// it; nothing in it is shared between connections.
 type exchange struct {
 	*path
-	ctx       context.Context //nolint:containedctx // the life of the listener; an exchange has no other
-	conn      *listener.Conn
-	source    string
-	in        reader // from the client
-	out       []byte // to whichever side is written to
-	outPooled *[]byte
+	caller
+	ctx  context.Context //nolint:containedctx // the life of the listener; an exchange has no other
+	down downstream
 
 	req   http1.Head
-	body  http1.Body
 	edit  http1.Edit
 	pairs [4]http1.Pair
 
-	start     time.Time
-	deadline  time.Time // of the request with all attempts; zero is none
-	trace     telemetry.TraceContext
-	parent    [55]byte  // traceparent as written
-	attempt   [2]byte   // x-outrigger-attempt as written
-	pathBuf   [256]byte // of a path that was not normal; a longer one is allocated
-	targetBuf []byte
-	urlPath   []byte
-	query     []byte
-	lookups   []byte // joined header values, for routes
+	start, ended time.Time
+	deadline     time.Time // of the request with all attempts; zero is none
+	trace        telemetry.TraceContext
+	parent       [55]byte  // traceparent as written
+	attempt      [2]byte   // x-outrigger-attempt as written
+	pathBuf      [256]byte // of a path that was not normal; a longer one is allocated
+	targetBuf    []byte
+	urlPath      []byte
+	query        []byte
+	lookups      []byte // joined header values, for routes
 
 	table   *table.Table
 	dest    *table.Destination
@@ -62,58 +56,56 @@ type exchange struct {
 	bodyDone   bool   // the whole body has been read
 	pumped     int64  // bytes of the body that a pump sent beyond replay
 
-	status    int
-	flags     accesslog.Flags
-	upstream  string
-	rejected  string // policy that rejected, or would have
-	detail    string
-	attempts  int
-	bytesOut  int64
-	answered  bool // the head of the response is on its way to the client
-	mustClose bool
+	grpc       bool // the request is a gRPC call
+	grpcStatus int  // retry.NoGRPC until known
+	status     int
+	flags      accesslog.Flags
+	upstream   string
+	rejected   string // policy that rejected, or would have
+	detail     string
+	attempts   int
+	bytesOut   int64
+	answered   bool // the head of the response is on its way to the client
+	mustClose  bool // an HTTP/1.1 connection cannot serve another request
 }
 
-// serveHTTP serves the requests of one connection, in order, until it ends.
-func (p *path) serveHTTP(ctx context.Context, c *listener.Conn) {
-	x := &exchange{path: p, ctx: ctx, conn: c, source: c.RemoteAddr().String(), in: reader{nc: c.TCPConn}}
-	if err := x.in.watch(); err != nil {
-		return
-	}
-	defer x.in.release()
-	defer x.releaseOut()
-	for {
-		if x.in.r == x.in.w {
-			x.releaseOut()
-			// The deadline first: Drain sets a nearer one on connections that idle.
-			if c.SetReadDeadline(time.Now().Add(idleTimeout)) != nil {
-				return
-			}
-			if !c.Idle() && !x.in.arrived() || x.in.wait() != nil {
-				return
-			}
-			c.Busy()
-		}
-		if !x.serveOne() {
-			return
-		}
-	}
+// caller is who is at the other end of a connection.
+type caller struct {
+	source   string // address
+	identity string // SPIFFE ID that mutual TLS has proved; empty in clear
 }
 
-// serveOne reads a head, takes the request down the path, and reports whether
-// the connection can serve another.
-func (x *exchange) serveOne() (again bool) {
-	x.begin()
-	n, err := x.readHead()
-	if err != nil {
-		return x.refuse(err)
+// begin prepares for a request whose first bytes are here.
+func (x *exchange) begin() {
+	x.start = time.Now()
+	x.deadline = time.Time{}
+	x.req.Reset()
+	x.edit = http1.Edit{}
+	x.bodyDone, x.replayable, x.pumped = true, true, 0
+	x.grpc, x.grpcStatus = false, retry.NoGRPC
+	x.status, x.flags, x.upstream, x.rejected, x.detail = 0, 0, "", "", ""
+	x.attempts, x.bytesOut, x.answered, x.mustClose = 0, 0, false, false
+	x.trace = telemetry.TraceContext{}
+}
+
+// forget drops what must not outlive the request, for the exchange goes back to
+// a pool.
+func (x *exchange) forget() {
+	x.path, x.ctx, x.down, x.caller = nil, nil, nil, caller{}
+	x.urlPath, x.query = nil, nil
+	x.table, x.dest, x.route, x.cluster, x.held = nil, nil, nil, nil, false
+	x.edit, x.pairs = http1.Edit{}, [4]http1.Pair{}
+	clear(x.tried)
+	x.lookups, x.replay, x.tried = x.lookups[:0], x.replay[:0], x.tried[:0]
+	if cap(x.replay) > wire.BufferSize {
+		x.replay = nil // one large body should not stay in the pool
 	}
-	x.in.pin(n)
-	defer x.in.unpin()
-	x.body.Limits = &limits
-	x.body.Reset(x.req.Framing, x.req.Length)
-	x.bodyDone = x.body.Done()
-	x.replayable = true
-	x.mustClose = x.req.Close || x.Conns.Draining()
+	x.fwd.forget()
+}
+
+// run takes a request whose head has been read down the path.
+func (x *exchange) run() {
+	x.grpc = isGRPC(x.req.Get("content-type"))
 	for i := range x.layers {
 		if !x.layers[i].do(x) {
 			break
@@ -123,86 +115,6 @@ func (x *exchange) serveOne() (again bool) {
 		x.cluster.ReleaseRequest()
 	}
 	x.finish()
-	if !x.mustClose && !x.bodyDone {
-		x.mustClose = true // where the next request begins is not known
-	}
-	if x.mustClose {
-		x.lingeringClose()
-	}
-	return !x.mustClose
-}
-
-func (x *exchange) begin() {
-	x.takeOut()
-	x.start = time.Now()
-	x.deadline = time.Time{}
-	x.req.Reset()
-	x.edit = http1.Edit{}
-	x.lookups, x.replay, x.tried = x.lookups[:0], x.replay[:0], x.tried[:0]
-	x.urlPath, x.query = nil, nil
-	x.table, x.dest, x.route, x.cluster, x.held = nil, nil, nil, nil, false
-	x.bodyDone, x.replayable, x.pumped = true, false, 0
-	x.status, x.flags, x.upstream, x.rejected, x.detail = 0, 0, "", "", ""
-	x.attempts, x.bytesOut, x.answered, x.mustClose = 0, 0, false, false
-	x.trace = telemetry.TraceContext{}
-	if cap(x.replay) > bufferSize {
-		x.replay = nil // one large body should not stay with the connection
-	}
-}
-
-func (x *exchange) takeOut() {
-	if x.outPooled == nil {
-		p, ok := buffers.Get().(*[]byte)
-		if !ok {
-			panic("proxy: the pool holds something else than buffers")
-		}
-		x.outPooled, x.out = p, (*p)[:0]
-	}
-}
-
-// releaseOut gives the write buffer back while the connection idles.
-func (x *exchange) releaseOut() {
-	if x.outPooled != nil {
-		buffers.Put(x.outPooled)
-		x.outPooled, x.out = nil, nil
-	}
-}
-
-func (x *exchange) readHead() (int, error) {
-	if err := x.conn.SetReadDeadline(x.start.Add(headTimeout)); err != nil {
-		return 0, err
-	}
-	for {
-		if b := x.in.unread(); len(b) > 0 {
-			n, err := http1.ParseRequest(&x.req, b, &limits)
-			if !errors.Is(err, http1.ErrIncomplete) {
-				return n, err
-			}
-		}
-		if err := x.in.fill(); err != nil {
-			return 0, err
-		}
-	}
-}
-
-// refuse answers a head that could not be read.
-func (x *exchange) refuse(err error) bool {
-	x.mustClose = true
-	var bad *http1.Error
-	switch {
-	case errors.As(err, &bad):
-		x.protocolError(bad)
-	case errors.Is(err, os.ErrDeadlineExceeded) && x.in.r < x.in.w:
-		x.Metrics.ProtocolError("downstream", "head_timeout")
-		x.flags |= accesslog.DPE
-		x.reply(408, "head_timeout: the request's head took longer than "+headTimeout.String())
-	default: // the client went away before it had said anything: nothing to log
-		return false
-	}
-	x.req.Reset() // what was parsed of it is not to be trusted
-	x.finish()
-	x.lingeringClose()
-	return false
 }
 
 // protocolError answers what the codec refused. What it quotes of the request
@@ -358,39 +270,42 @@ func (x *exchange) overflowOpen(b *breaker.Breaker, v breaker.Verdict) bool {
 func (x *exchange) reply(status int, why string, headers ...http1.Pair) bool {
 	x.status, x.detail = status, why
 	if x.answered { // too late for a status: the client sees a broken response
-		x.mustClose = true
+		x.down.cut()
 		return false
 	}
 	x.answered = true
-	text := []byte("outrigger: " + why + "\n")
+	x.mustClose = x.mustClose || !x.bodyDone
 	h := http1.Head{Status: status, Minor: 1}
-	e := http1.Edit{
-		Framing: http1.Length, Length: int64(len(text)), Close: x.mustClose || !x.bodyDone, KeepAlive: x.req.Minor == 0,
-		Set: append(headers, http1.Pair{Name: "content-type", Value: []byte("text/plain; charset=utf-8")}, http1.Pair{Name: "server", Value: []byte("outrigger")},
-			http1.Pair{Name: "x-outrigger-response-flags", Value: []byte(x.flags.String())}),
+	e := http1.Edit{Set: append(headers, http1.Pair{Name: "server", Value: []byte("outrigger")},
+		http1.Pair{Name: "x-outrigger-response-flags", Value: []byte(x.flags.String())})}
+	var text []byte
+	if x.grpc {
+		x.replyGRPC(&h, &e)
+	} else {
+		text = []byte("outrigger: " + why + "\n")
+		e.Framing, e.Length = http1.Length, int64(len(text))
+		e.Set = append(e.Set, http1.Pair{Name: "content-type", Value: []byte("text/plain; charset=utf-8")})
+		if string(x.req.Method) == "HEAD" {
+			text = nil
+		}
 	}
-	x.out = http1.AppendResponseHead(x.out[:0], &h, &e)
-	if string(x.req.Method) != "HEAD" {
-		x.out = append(x.out, text...)
+	err := x.down.writeHead(&h, &e, len(text) == 0)
+	if err == nil && len(text) > 0 {
 		x.bytesOut = int64(len(text))
+		err = x.down.writeBody(text, true)
 	}
-	if err := x.writeClient(x.out); err != nil {
+	if err == nil {
+		err = x.down.flush()
+	}
+	if err != nil {
 		x.clientGone(result{why: why})
 	}
 	return false
 }
 
-func (x *exchange) writeClient(b []byte) error {
-	if err := x.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-		return err
-	}
-	_, err := x.conn.Write(b)
-	return err
-}
-
 // clientGone ends an exchange that the client broke off.
 func (x *exchange) clientGone(r result) {
-	x.mustClose = true
+	x.down.cut()
 	x.flags |= r.flags
 	x.detail = r.why
 	if r.flags&accesslog.DPE == 0 {
@@ -403,9 +318,13 @@ func (x *exchange) clientGone(r result) {
 
 // finish counts and logs the request: once, whatever became of it.
 func (x *exchange) finish() {
-	now := time.Now()
-	d := now.Sub(x.start)
-	x.Metrics.Observe(telemetry.Request{Outbound: x.outbound, Destination: x.key, Protocol: "http", Status: x.status, Flags: x.flags}, d)
+	x.ended = time.Now()
+	d := x.ended.Sub(x.start)
+	protocol := "http"
+	if x.grpc {
+		protocol = "grpc"
+	}
+	x.Metrics.Observe(telemetry.Request{Outbound: x.outbound, Destination: x.key, Protocol: protocol, Status: x.status, Flags: x.flags}, d)
 	e := accesslog.Entry{
 		Start: x.start, Duration: d, Direction: x.direction(), Protocol: "http",
 		Method: x.req.Method, Path: x.urlPath, Host: x.req.Host, UserAgent: x.req.Get("user-agent"), RequestID: x.req.Get("x-request-id"),
@@ -434,21 +353,7 @@ func (x *exchange) finish() {
 	if x.trace.Sampled && x.Spans != nil {
 		x.Spans.Record(telemetry.Span{
 			Context: &x.trace, Outbound: x.outbound, Method: string(x.req.Method), Path: string(x.urlPath), Status: x.status, Flags: x.flags.String(),
-			Destination: x.key, Upstream: x.upstream, Attempts: x.attempts, Start: x.start, End: now,
+			Destination: x.key, Upstream: x.upstream, Attempts: x.attempts, Start: x.start, End: x.ended,
 		})
 	}
-}
-
-// lingeringClose lets the client read the answer before the connection ends:
-// closing with its bytes unread would send a reset that overtakes it (RFC 9112,
-// 9.6). What it still sends is thrown away, within bounds.
-func (x *exchange) lingeringClose() {
-	if x.bodyDone && x.in.r == x.in.w {
-		return
-	}
-	const bytesMax, patience = 256 << 10, 500 * time.Millisecond
-	if x.conn.CloseWrite() != nil || x.conn.SetReadDeadline(time.Now().Add(patience)) != nil {
-		return
-	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(net.Conn(x.conn.TCPConn), bytesMax))
 }

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -47,13 +48,11 @@ type forwarding struct {
 	look  time.Duration
 	heard time.Time // when the head of the response had come
 
-	c        *upstream.Conn
-	in       reader // from the upstream
-	resp     http1.Head
-	respBody http1.Body
-	sent     bool // some bytes of the request went out
-	broken   bool // what send wrote did not go out as a whole
-	slow     bool // the deadline passed while the client was to send its body
+	up     callee // what is called; h1 or h2
+	h1     h1Up
+	resp   http1.Head
+	broken bool // what send wrote did not go out as a whole
+	slow   bool // the deadline passed while the client was to send its body
 
 	pump      chan struct{} // closed when the pump has ended; nil without one
 	pumpDone  bool
@@ -71,10 +70,16 @@ func (f *forwarding) begin(x *exchange, b *breaker.Breaker, v breaker.Verdict) {
 	if per := x.route.Retry.PerTryTimeout; per > 0 {
 		f.until = sooner(f.until, f.begun.Add(per))
 	}
-	f.c, f.sent, f.broken, f.slow, f.interim = nil, false, false, false, false
+	f.up, f.broken, f.slow, f.interim = nil, false, false, false
 	f.pump, f.pumpDone, f.clientErr = nil, false, nil
 	f.stop.Store(false)
 	f.reading.Store(false)
+}
+
+// forget drops what must not outlive the request.
+func (f *forwarding) forget() {
+	f.exchange, f.breaker, f.endpoint, f.up = nil, nil, nil, nil
+	f.resp.Reset()
 }
 
 // sooner of two deadlines, of which a may be zero, which is none.
@@ -85,25 +90,29 @@ func sooner(a, b time.Time) time.Time {
 	return a
 }
 
+// connect borrows a connection, or a stream of one, for the attempt. over is the
+// limit that it passed in Observe mode.
+func (f *forwarding) connect() (over upstream.Limit, err error) {
+	c, err := f.endpoint.Get(context.Background(), f.until)
+	if err != nil {
+		return "", err
+	}
+	f.h1.begin(c, f.req.Method)
+	f.up = &f.h1
+	return c.Over, nil
+}
+
 // run sends the request over the connection and passes the response on to the
 // client, or holds it back where the retry policy wants another attempt and one
 // may be made. It ends the connection, unless the result is a tunnel.
 func (f *forwarding) run() (r result) {
-	f.in = reader{nc: f.c.TCPConn}
 	keep := false
 	defer func() {
-		f.in.release()
-		switch {
-		case r.tunnel:
-		case keep:
-			f.c.Endpoint.Put(f.c, time.Now())
-		default:
-			f.c.Endpoint.Discard(f.c)
+		if !r.tunnel {
+			f.up.release(keep)
 		}
 	}()
-	if err := errors.Join(f.c.SetWriteDeadline(f.until), f.c.SetReadDeadline(sooner(f.until, f.begun.Add(f.look)))); err != nil {
-		return f.lost(err)
-	}
+	f.up.writeBy(f.until)
 	if r, ok := f.send(); !ok {
 		return r
 	}
@@ -134,15 +143,25 @@ func (f *forwarding) send() (result, bool) {
 		return f.clientFault(), false
 	}
 	x.attemptHeader()
-	out := http1.AppendRequestHead(x.out[:0], &x.req, &x.edit)
-	out = x.appendBody(out, x.replay)
-	if x.bodyDone && x.req.Framing == http1.Chunked {
-		out = http1.AppendLastChunk(out, x.body.Trailers())
+	x.edit.KeepUpgrade = x.req.Upgrade && f.up == callee(&f.h1)
+	whole := x.bodyDone && x.replayable
+	trailers := x.down.bodyTrailers()
+	err := f.up.writeHead(&x.req, &x.edit, whole && len(x.replay) == 0 && len(trailers) == 0)
+	if err == nil && len(x.replay) > 0 {
+		err = f.up.writeBody(x.replay, whole && len(trailers) == 0)
 	}
-	x.out = out
-	n, err := f.c.Write(out)
-	f.sent, f.broken = n > 0, err != nil
-	if err != nil && n == 0 {
+	switch {
+	case err != nil || !whole:
+	case len(trailers) > 0:
+		err = f.up.writeTrailers(trailers)
+	case len(x.replay) == 0:
+		err = f.up.writeBody(nil, true)
+	}
+	if err == nil {
+		err = f.up.flush()
+	}
+	f.broken = err != nil
+	if err != nil && !f.up.sent() {
 		return f.lost(err), false
 	}
 	// A write that failed half-way may have met an early response: read it.
@@ -156,60 +175,40 @@ func (f *forwarding) send() (result, bool) {
 // readBuffered takes what has already come of the body, before anything is
 // sent.
 func (x *exchange) readBuffered() error {
-	for !x.bodyDone && x.in.r < x.in.w && len(x.replay) < maxReplay {
-		n, data, done, err := x.body.Next(x.in.unread())
+	for !x.bodyDone && len(x.replay) < maxReplay {
+		data, done, err := x.down.readBody(false)
 		if err != nil {
 			return err
 		}
-		x.in.use(n)
 		x.replay = append(x.replay, data...)
 		x.bodyDone = done
+		if len(data) == 0 {
+			break
+		}
 	}
 	return nil
 }
 
-func (x *exchange) appendBody(out, data []byte) []byte {
-	if len(data) == 0 {
-		return out
-	}
-	if x.req.Framing != http1.Chunked {
-		return append(out, data...)
-	}
-	out = http1.AppendChunkHeader(out, len(data))
-	return append(append(out, data...), "\r\n"...)
-}
-
 // pumpBody carries the rest of the request's body from the client to the
-// upstream. It alone uses the client's reader and the upstream's writing side
-// until it ends.
+// upstream. It alone reads the client's body and writes to the upstream until it
+// ends.
 func (f *forwarding) pumpBody() {
 	defer close(f.pump)
 	x := f.exchange
-	var out []byte
 	for !x.bodyDone {
-		if x.in.r == x.in.w {
-			if err := x.conn.SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
-				f.breakOff(err)
-				return
-			}
-			if f.stop.Load() { // set before stopPump sets its deadline, which ours may have replaced
+		data, done, err := x.down.readBody(false)
+		if err == nil && len(data) == 0 && !done {
+			if f.stop.Load() {
 				return
 			}
 			f.reading.Store(true)
-			err := x.in.fill()
+			data, done, err = x.down.readBody(true)
 			f.reading.Store(false)
-			if err != nil {
-				f.breakOff(err)
-				return
-			}
 		}
-		n, data, done, err := x.body.Next(x.in.unread())
 		if err != nil {
 			f.breakOff(err)
 			return
 		}
-		x.in.use(n)
-		out = x.appendBody(out[:0], data)
 		if x.replayable && len(x.replay)+len(data) <= maxReplay {
 			x.replay = append(x.replay, data...)
 		} else {
@@ -217,14 +216,15 @@ func (f *forwarding) pumpBody() {
 			x.pumped += int64(len(data))
 		}
 		x.bodyDone = done
-		if done && x.req.Framing == http1.Chunked {
-			out = http1.AppendLastChunk(out, x.body.Trailers())
+		// Where the upstream reads no more, receive will see why.
+		if done && len(x.down.bodyTrailers()) > 0 {
+			if f.up.writeBody(data, false) != nil || f.up.writeTrailers(x.down.bodyTrailers()) != nil {
+				return
+			}
+		} else if f.up.writeBody(data, done) != nil {
+			return
 		}
-		if len(out) == 0 {
-			continue
-		}
-		if _, err := f.c.Write(out); err != nil {
-			// The upstream reads no more; receive will see why.
+		if f.up.flush() != nil {
 			return
 		}
 	}
@@ -241,7 +241,7 @@ func (f *forwarding) breakOff(err error) {
 		err = bodyTimeoutError()
 	}
 	f.clientErr = err
-	_ = f.c.Close() // wakes receive; the connection is discarded
+	f.up.wake() // receive; the connection is discarded
 }
 
 // stopPump ends the pump and waits for it. It reports whether the whole body was
@@ -251,8 +251,8 @@ func (f *forwarding) stopPump() bool {
 	select {
 	case <-f.pump:
 	default:
-		_ = f.conn.SetReadDeadline(time.Unix(1, 0))
-		_ = f.c.SetWriteDeadline(time.Unix(1, 0))
+		f.down.interruptBody()
+		f.up.interruptWrite()
 		<-f.pump
 	}
 	return f.pumpDone
@@ -263,79 +263,84 @@ func (f *forwarding) stopPump() bool {
 func (f *forwarding) receive() (r result, keep bool) {
 	x := f.exchange
 	for {
-		n, err := f.readHead()
-		if err != nil {
+		f.resp.Reset()
+		if err := f.awaitHead(); err != nil {
 			var bad *http1.Error
 			if errors.As(err, &bad) {
 				x.Metrics.ProtocolError("upstream", bad.Reason)
-				return result{failure: retry.Reset, status: 502, flags: accesslog.UPE, why: f.c.Endpoint.Name + " answered " + bad.Reason + ": " + bad.Detail}, false
+				return result{failure: retry.Reset, status: 502, flags: accesslog.UPE, why: f.endpoint.Name + " answered " + bad.Reason + ": " + bad.Detail}, false
 			}
 			return f.lost(err), false
 		}
 		switch {
 		case f.resp.Status == 101:
-			return f.upgrade(n), false
+			return f.upgrade(), false
 		case f.resp.Status < 200: // an interim response is passed on and the next awaited
-			if x.req.Minor == 1 {
-				f.interim = true
-				x.out = http1.AppendResponseHead(x.out[:0], &f.resp, nil)
-				if err := x.writeClient(x.out); err != nil {
-					return result{client: true, why: "the client went away: " + err.Error()}, false
-				}
+			f.interim = true
+			if err := x.down.interim(&f.resp); err != nil {
+				return left(err, 0), false
 			}
-			f.in.use(n)
 			continue
 		}
-		f.in.use(n)
 		return f.passOn()
 	}
 }
 
-func (f *forwarding) readHead() (int, error) {
-	f.resp.Reset()
-	for {
-		if b := f.in.unread(); len(b) > 0 {
-			n, err := http1.ParseResponse(&f.resp, b, &limits, f.req.Method)
-			if !errors.Is(err, http1.ErrIncomplete) {
-				return n, err
-			}
-		}
-		if err := f.await(); err != nil {
-			return 0, err
-		}
-	}
+// left is the end of an attempt whose client has gone.
+func left(err error, status int) result {
+	return result{client: true, why: "the client went away: " + err.Error(), status: status}
 }
 
-// await reads more from the upstream. It gives up at the attempt's deadline, and
-// when the client has gone.
-func (f *forwarding) await() error {
+// awaitHead reads the next head of the response.
+func (f *forwarding) awaitHead() error {
 	for {
-		err := f.in.fill()
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			return err
-		}
-		now := time.Now()
-		if !f.until.IsZero() && !now.Before(f.until) {
-			return err
-		}
-		if f.exchange.in.gone() {
-			return errClientGone
-		}
-		f.look = min(2*f.look, lastLook)
-		if err := f.c.SetReadDeadline(sooner(f.until, now.Add(f.look))); err != nil {
+		err := f.up.readHead(&f.resp, f.nextLook())
+		if err = f.patient(err); err != nil || f.resp.Status != 0 {
 			return err
 		}
 	}
 }
 
-// passOn sends the response whose head has been parsed to the client, unless it
-// is to be retried.
+// awaitBody reads more of the response's body, waiting for it.
+func (f *forwarding) awaitBody() (data []byte, done bool, err error) {
+	for {
+		data, done, err = f.up.readBody(true, f.nextLook())
+		if err = f.patient(err); err != nil || done || len(data) > 0 {
+			return data, done, err
+		}
+	}
+}
+
+// nextLook is when to look whether the client still waits.
+func (f *forwarding) nextLook() time.Time {
+	return sooner(f.until, time.Now().Add(f.look))
+}
+
+// patient turns the end of a look into nil where waiting goes on: the attempt's
+// deadline has not passed, and the client has not gone.
+func (f *forwarding) patient(err error) error {
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	if !f.until.IsZero() && !time.Now().Before(f.until) {
+		return err
+	}
+	if f.down.gone() {
+		return errClientGone
+	}
+	f.look = min(2*f.look, lastLook)
+	return nil
+}
+
+// passOn sends the response whose head has been read to the client, unless it is
+// to be retried.
 func (f *forwarding) passOn() (r result, keep bool) {
-	x, body := f.exchange, &f.respBody
+	x := f.exchange
 	f.heard = time.Now()
-	r = result{status: f.resp.Status}
-	body.Limits = &limits
-	body.Reset(f.resp.Framing, f.resp.Length)
+	r = result{status: f.resp.Status, grpc: retry.NoGRPC}
+	if x.grpc {
+		r.grpc = parseGRPCStatus(f.resp.Get("grpc-status"))
+	}
 	if f.pumpEnded() {
 		if f.clientErr != nil {
 			return f.clientFault(), false
@@ -348,86 +353,58 @@ func (f *forwarding) passOn() (r result, keep bool) {
 		x.mustClose = x.mustClose || !x.bodyDone
 	}
 	x.mustClose = x.mustClose || x.Conns.Draining()
-	x.status = r.status
-	if f.verdict.State == breaker.HalfOpen {
+	x.status, x.grpcStatus = r.status, r.grpc
+	if f.verdict.State == breaker.HalfOpen && (!x.grpc || r.grpc != retry.NoGRPC) {
 		f.classify(r) // others wait for the probe's outcome, and this body may last
 	}
 	if x.route.Retry.PerTryTimeout > 0 {
 		f.until = x.deadline // the rest of the response has the request's own
-		if err := f.c.SetWriteDeadline(f.until); err != nil {
-			return f.lost(err), false
-		}
+		f.up.writeBy(f.until)
 	}
-	framing := f.resp.Framing
-	e := http1.Edit{KeepAlive: x.req.Minor == 0 && !x.mustClose}
-	if framing == http1.UntilClose && x.req.Minor == 1 {
-		framing = http1.Chunked // so that the client's connection survives
-		e.Framing = framing
-	}
-	if framing == http1.Chunked && x.req.Minor == 0 {
-		framing = http1.UntilClose // HTTP/1.0 knows no chunks
-		e.Framing = framing
-		x.mustClose = true
-	}
-	e.Close = x.mustClose
+	e := http1.Edit{}
 	x.answered = true
-	x.out = http1.AppendResponseHead(x.out[:0], &f.resp, &e)
-	keep = !f.resp.Close
-	for !body.Done() {
-		if f.in.r == f.in.w {
+	done := f.resp.Framing == http1.None
+	if err := x.down.writeHead(&f.resp, &e, done); err != nil {
+		return left(err, r.status), false
+	}
+	for !done {
+		var data []byte
+		var err error
+		data, done, err = f.up.readBody(false, time.Time{})
+		if err == nil && !done && len(data) == 0 {
 			// What is at hand goes out before more is waited for: a stream that
 			// pauses must not hold back what it has said.
-			if err := f.flush(); err != nil {
-				return result{client: true, why: "the client went away: " + err.Error(), status: r.status}, false
+			if err := x.down.flush(); err != nil {
+				return left(err, r.status), false
 			}
-			if err := f.await(); err != nil {
-				if !errors.Is(err, io.EOF) || body.End() != nil {
-					x.mustClose = true // the client must see that the body is not whole
-					if framing == http1.UntilClose {
-						_ = x.conn.SetLinger(0) // only a reset tells it
-					}
-					return f.lost(err), false
-				}
-				keep = false
-				break
-			}
+			data, done, err = f.awaitBody()
 		}
-		n, data, _, err := body.Next(f.in.unread())
 		if err != nil {
-			x.mustClose = true
-			x.Metrics.ProtocolError("upstream", "body")
-			return result{failure: retry.Reset, status: r.status, flags: accesslog.UPE, why: err.Error()}, false
-		}
-		f.in.use(n)
-		x.bytesOut += int64(len(data))
-		if framing == http1.Chunked && len(data) > 0 {
-			x.out = http1.AppendChunkHeader(x.out, len(data))
-			x.out = append(append(x.out, data...), "\r\n"...)
-		} else {
-			x.out = append(x.out, data...)
-		}
-		if len(x.out) >= bufferSize {
-			if err := f.flush(); err != nil {
-				return result{client: true, why: "the client went away: " + err.Error(), status: r.status}, false
+			x.down.cut() // the client must see that the body is not whole
+			var bad *http1.Error
+			if errors.As(err, &bad) {
+				x.Metrics.ProtocolError("upstream", "body")
+				return result{failure: retry.Reset, status: r.status, flags: accesslog.UPE, why: err.Error()}, false
 			}
+			return f.lost(err), false
+		}
+		x.bytesOut += int64(len(data))
+		trailers := done && len(f.up.bodyTrailers()) > 0
+		if err = x.down.writeBody(data, done && !trailers); err == nil && trailers {
+			if x.grpc {
+				r.grpc = grpcStatusIn(f.up.bodyTrailers())
+				x.grpcStatus = r.grpc
+			}
+			err = x.down.writeTrailers(f.up.bodyTrailers())
+		}
+		if err != nil {
+			return left(err, r.status), false
 		}
 	}
-	if framing == http1.Chunked {
-		x.out = http1.AppendLastChunk(x.out, body.Trailers())
+	if err := x.down.flush(); err != nil {
+		return left(err, r.status), false
 	}
-	if err := f.flush(); err != nil {
-		return result{client: true, why: "the client went away: " + err.Error(), status: r.status}, false
-	}
-	return r, keep && f.in.r == f.in.w // bytes that nobody asked for: not reusable
-}
-
-func (f *forwarding) flush() error {
-	if len(f.out) == 0 {
-		return nil
-	}
-	err := f.writeClient(f.out)
-	f.out = f.out[:0]
-	return err
+	return r, true
 }
 
 // pumpEnded: nobody else uses the request's body. While it is still being sent a
@@ -448,78 +425,21 @@ func (f *forwarding) pumpEnded() bool {
 // used again.
 func (f *forwarding) discardBody() bool {
 	const most = 16 << 10
-	if f.c.SetReadDeadline(f.heard.Add(drainPatience)) != nil {
+	if f.resp.Framing == http1.UntilClose {
 		return false
 	}
-	for read := 0; !f.respBody.Done(); {
-		if f.in.r == f.in.w {
-			if read > most || f.resp.Framing == http1.UntilClose || f.in.fill() != nil {
-				return false
-			}
-		}
-		n, _, _, err := f.respBody.Next(f.in.unread())
+	by := f.heard.Add(drainPatience)
+	for read := 0; read <= most; {
+		data, done, err := f.up.readBody(true, by)
 		if err != nil {
 			return false
 		}
-		read += n
-		f.in.use(n)
-	}
-	return !f.resp.Close && f.in.r == f.in.w
-}
-
-// upgrade passes a 101 on (RFC 9110, 7.8). The request must have ended: what
-// follows it belongs to the new protocol.
-func (f *forwarding) upgrade(n int) result {
-	x := f.exchange
-	if !x.req.Upgrade || !f.resp.Upgrade {
-		return result{failure: retry.Reset, status: 502, flags: accesslog.UPE, why: f.c.Endpoint.Name + " switched protocols unasked"}
-	}
-	for f.pump != nil && !f.pumpEnded() {
-		select {
-		case <-f.pump:
-		case <-time.After(lastLook):
-			if x.in.gone() {
-				return f.lost(errClientGone)
-			}
+		if done {
+			return true
 		}
+		read += len(data)
 	}
-	if !x.bodyDone || f.broken || f.pump != nil && !f.pumpDone {
-		return result{failure: retry.Reset, status: 502, flags: accesslog.UPE, why: f.c.Endpoint.Name + " switched protocols before the request was complete"}
-	}
-	f.in.use(n)
-	f.heard = time.Now()
-	x.status, x.answered, x.mustClose = 101, true, true
-	x.out = http1.AppendResponseHead(x.out[:0], &f.resp, &http1.Edit{KeepUpgrade: true})
-	x.out = append(x.out, f.in.unread()...)
-	x.bytesOut = int64(len(f.in.unread()))
-	f.in.use(len(f.in.unread()))
-	if err := x.writeClient(x.out); err != nil {
-		return result{client: true, why: "the client went away: " + err.Error()}
-	}
-	return result{status: 101, tunnel: true}
-}
-
-// converse carries bytes both ways after a 101 until both sides have ended. The
-// attempt is over by then: a tunnel may last for days.
-func (f *forwarding) converse() {
-	x := f.exchange
-	defer f.c.Endpoint.Discard(f.c)
-	early := x.in.unread()
-	x.in.use(len(early))
-	x.pumped += int64(len(early))
-	err := errors.Join(x.conn.SetDeadline(time.Time{}), f.c.SetDeadline(time.Time{}))
-	if err == nil && len(early) > 0 {
-		_, err = f.c.Write(early)
-	}
-	if err != nil {
-		r := f.lost(err)
-		x.flags |= r.flags
-		x.detail = r.why
-		return
-	}
-	in, out := tunnel(x.conn.TCPConn, f.c.TCPConn)
-	x.pumped += in
-	x.bytesOut += out
+	return false
 }
 
 // unconnected says what became of an attempt that got no connection.
@@ -542,7 +462,7 @@ func (f *forwarding) timedOut() result {
 // lost says what became of an attempt whose connection ended.
 func (f *forwarding) lost(err error) result {
 	x := f.exchange
-	name := f.c.Endpoint.Name
+	name := f.endpoint.Name
 	switch {
 	case errors.Is(err, errClientGone):
 		return result{client: true, status: x.status, why: err.Error()}
@@ -553,7 +473,10 @@ func (f *forwarding) lost(err error) result {
 		return f.timedOut()
 	}
 	failure := retry.Reset
-	if !f.sent {
+	switch {
+	case f.up.unprocessed():
+		failure = retry.RefusedStream
+	case !f.up.sent():
 		failure = retry.ResetBeforeRequest
 	}
 	why := cause(err)

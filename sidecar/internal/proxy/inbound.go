@@ -47,6 +47,6 @@ func (p *Proxy) ServeInbound(ctx context.Context, l *net.TCPListener, in bootstr
 			way.relay(ctx, c, cluster.Name)
 			return
 		}
-		way.serveHTTP(ctx, c)
+		way.serveHTTP1(ctx, c, caller{source: c.RemoteAddr().String()})
 	})
 }

@@ -32,6 +32,6 @@ func (p *Proxy) ServeOutbound(ctx context.Context, l *net.TCPListener, key strin
 			way.relay(ctx, c, d.Cluster)
 			return
 		}
-		way.serveHTTP(ctx, c)
+		way.serveHTTP1(ctx, c, caller{source: c.RemoteAddr().String()})
 	})
 }

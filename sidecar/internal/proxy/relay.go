@@ -58,7 +58,7 @@ func (p *path) relay(ctx context.Context, c *listener.Conn, clusterName string) 
 	}
 	e.Upstream = up.Endpoint.Name
 	defer up.Endpoint.Discard(up)
-	e.BytesIn, e.BytesOut = tunnel(c.TCPConn, up.TCPConn)
+	e.BytesIn, e.BytesOut = tunnel(c.TCP(), up.TCP())
 }
 
 func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *accesslog.Entry, traceID []byte) *upstream.Conn {

@@ -6,10 +6,10 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/wire"
 )
 
 // Limit names a limit of a cluster, as metrics do. As an error it says that the
@@ -70,7 +70,7 @@ func (e *Endpoint) load() float64 {
 
 // Conn is a connection to an endpoint, lent to one exchange at a time.
 type Conn struct {
-	*net.TCPConn
+	wire.Conn
 	Endpoint *Endpoint
 	// Reused: an earlier exchange has used it, so the server may have closed it
 	// while it idled.
@@ -79,9 +79,6 @@ type Conn struct {
 	// empty where none would.
 	Over Limit
 
-	raw   syscall.RawConn
-	check func(fd uintptr) // made once: a closure a checkout would allocate
-	alive bool
 	since time.Time // when it became idle
 }
 
@@ -95,7 +92,7 @@ func (e *Endpoint) Get(ctx context.Context, deadline time.Time) (*Conn, error) {
 		if c == nil {
 			return e.Dial(ctx, deadline)
 		}
-		if c.open() {
+		if c.Alive() {
 			e.active.Add(1)
 			c.Endpoint, c.Reused, c.Over = e, true, ""
 			return c, nil
@@ -151,12 +148,11 @@ func (e *Endpoint) dial(ctx context.Context, deadline time.Time) (*Conn, error) 
 	if !ok {
 		panic("upstream: a TCP dialer returned another connection")
 	}
-	c := &Conn{TCPConn: tcp, Endpoint: e, Over: over}
-	if c.raw, err = tcp.SyscallConn(); err != nil {
+	c := &Conn{Endpoint: e, Over: over}
+	if err := c.Init(tcp, nil); err != nil {
 		c.close()
 		return nil, err
 	}
-	c.check = c.peek
 	return c, nil
 }
 
@@ -242,22 +238,5 @@ func (p *pool) retire() {
 func (c *Conn) close() {
 	c.Endpoint.cluster.connections.Add(-1)
 	// The exchange is over and its outcome known: what Close says changes nothing.
-	_ = c.TCPConn.Close()
-}
-
-// open looks whether the server has closed the connection, or has sent what
-// nobody asked for, while it idled. It heeds no deadline: the last exchange's
-// has usually passed.
-func (c *Conn) open() bool {
-	c.alive = false
-	if err := c.raw.Control(c.check); err != nil {
-		return false
-	}
-	return c.alive
-}
-
-func (c *Conn) peek(fd uintptr) {
-	var b [1]byte
-	_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-	c.alive = errors.Is(err, syscall.EAGAIN)
+	_ = c.Close()
 }

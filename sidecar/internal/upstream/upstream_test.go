@@ -89,7 +89,8 @@ func TestIdleConnectionIsUsedAgain(t *testing.T) {
 		t.Errorf("a new connection: reused %v, active %d", first.Reused, e.Active())
 	}
 	// The exchange's deadline stays behind and passes while the connection idles.
-	_ = first.SetDeadline(time.Now().Add(time.Millisecond))
+	first.ReadBy(time.Now().Add(time.Millisecond))
+	first.WriteBy(time.Now().Add(time.Millisecond))
 	e.Put(first, time.Now())
 	time.Sleep(5 * time.Millisecond)
 	again := get(t, e)
