@@ -120,7 +120,8 @@ var (
 // Ticket is the right to make one attempt. The zero Ticket stands for an
 // attempt that is not counted.
 type Ticket struct {
-	done       func(error)
+	counted    bool
+	done       func(error) // of gobreaker; nil for a Ticket of the closed state
 	generation uint64
 }
 
@@ -140,10 +141,17 @@ type Verdict struct {
 func (b *Breaker) Allow(now time.Time) Verdict {
 	b.mu.Lock()
 	b.now = now
+	if b.state == Closed {
+		// Everyone is admitted, and gobreaker hears of the failure that opens: what it
+		// would return for each attempt is a closure.
+		v := Verdict{Admit: true, State: Closed, Ticket: Ticket{counted: true, generation: b.generation}}
+		b.mu.Unlock()
+		return v
+	}
 	done, err := b.machine.Allow()
 	v := Verdict{State: b.state}
 	if err == nil {
-		v.Admit, v.Ticket = true, Ticket{done, b.generation}
+		v.Admit, v.Ticket = true, Ticket{true, done, b.generation}
 	} else {
 		v.Rejected, v.Admit = true, b.policy.Observe
 		if b.state == Open {
@@ -156,7 +164,7 @@ func (b *Breaker) Allow(now time.Time) Verdict {
 
 // Done ends a Ticket with the outcome of its attempt.
 func (b *Breaker) Done(t Ticket, o *Outcome) {
-	if t.done == nil {
+	if !t.counted {
 		return
 	}
 	b.mu.Lock()
@@ -178,10 +186,12 @@ func (b *Breaker) Done(t Ticket, o *Outcome) {
 		b.consecutive = 0
 	}
 	switch {
+	case b.state == Closed:
+		if (failure || slow) && b.trips() {
+			b.open()
+		}
 	case failure, slow && b.state == HalfOpen:
 		t.done(errFailed)
-	case slow && b.trips():
-		t.done(errFailed) // gobreaker asks trips again and opens
 	default:
 		if b.state == HalfOpen {
 			b.probes++
@@ -191,10 +201,20 @@ func (b *Breaker) Done(t Ticket, o *Outcome) {
 	b.unlockAndReport()
 }
 
+// open tells gobreaker of the failure that opens a closed breaker: it asks trips
+// again.
+func (b *Breaker) open() {
+	done, err := b.machine.Allow()
+	if err != nil {
+		panic("breaker: closed here, open in gobreaker: " + err.Error())
+	}
+	done(errFailed)
+}
+
 // Abandon ends a Ticket whose attempt says nothing about the destination: the
 // caller went away, or the attempt was never made.
 func (b *Breaker) Abandon(t Ticket) {
-	if t.done == nil {
+	if t.done == nil { // in the closed state nobody waits for it
 		return
 	}
 	b.mu.Lock()

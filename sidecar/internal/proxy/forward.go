@@ -48,11 +48,12 @@ type forwarding struct {
 	look  time.Duration
 	heard time.Time // when the head of the response had come
 
-	up     callee // what is called; h1 or h2
-	h1     h1Up
-	resp   http1.Head
-	broken bool // what send wrote did not go out as a whole
-	slow   bool // the deadline passed while the client was to send its body
+	up       callee // what is called; h1 or h2
+	h1       h1Up
+	resp     http1.Head
+	respEdit http1.Edit
+	broken   bool // what send wrote did not go out as a whole
+	slow     bool // the deadline passed while the client was to send its body
 
 	pump      chan struct{} // closed when the pump has ended; nil without one
 	pumpDone  bool
@@ -80,6 +81,7 @@ func (f *forwarding) begin(x *exchange, b *breaker.Breaker, v breaker.Verdict) {
 func (f *forwarding) forget() {
 	f.exchange, f.breaker, f.endpoint, f.up = nil, nil, nil, nil
 	f.resp.Reset()
+	f.respEdit = http1.Edit{}
 }
 
 // sooner of two deadlines, of which a may be zero, which is none.
@@ -361,10 +363,10 @@ func (f *forwarding) passOn() (r result, keep bool) {
 		f.until = x.deadline // the rest of the response has the request's own
 		f.up.writeBy(f.until)
 	}
-	e := http1.Edit{}
+	f.respEdit = http1.Edit{}
 	x.answered = true
 	done := f.resp.Framing == http1.None
-	if err := x.down.writeHead(&f.resp, &e, done); err != nil {
+	if err := x.down.writeHead(&f.resp, &f.respEdit, done); err != nil {
 		return left(err, r.status), false
 	}
 	for !done {
