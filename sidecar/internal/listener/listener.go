@@ -120,24 +120,28 @@ func (g *Group) remove(c *Conn) {
 	g.wg.Done()
 }
 
-// Idle says that the connection waits for its next request, and returns false
-// where it should end instead because the group drains.
-func (c *Conn) Idle() bool {
+// FillIdle is Fill for a connection that waits for its next request, until by:
+// Drain ends the wait. A request whose first bytes have come is still served.
+func (c *Conn) FillIdle(by time.Time) error {
+	c.ReadBy(by)
 	c.state.Store(idle)
 	// Either this sees that the group drains or Drain sees that we are idle.
-	return !c.group.draining.Load()
-}
-
-// Busy says that a request has begun: Drain lets it finish.
-func (c *Conn) Busy() {
-	if c.state.CompareAndSwap(idle, busy) || c.state.CompareAndSwap(busy, busy) {
-		return
+	draining := c.group.draining.Load()
+	if draining {
+		c.Interrupt()
 	}
-	// Drain woke us, yet a request had come. It interrupts with the lock held.
-	c.group.mu.Lock()
-	c.state.Store(busy)
-	c.group.mu.Unlock()
-	c.Resume()
+	err := c.Fill()
+	if !c.state.CompareAndSwap(idle, busy) {
+		// Drain woke us; it does so with the lock held.
+		c.group.mu.Lock()
+		c.state.Store(busy)
+		c.group.mu.Unlock()
+		draining = true
+	}
+	if draining && err == nil {
+		c.Resume()
+	}
+	return err
 }
 
 // OnDrain has f called when the group drains, at once if it does already: for a

@@ -30,7 +30,7 @@ type exchange struct {
 
 	req   http1.Head
 	edit  http1.Edit
-	pairs [4]http1.Pair
+	pairs [5]http1.Pair
 
 	start, ended time.Time
 	deadline     time.Time // of the request with all attempts; zero is none
@@ -73,6 +73,7 @@ type exchange struct {
 type caller struct {
 	source   string // address
 	identity string // SPIFFE ID that mutual TLS has proved; empty in clear
+	proof    []byte // what the application is told of it
 }
 
 // begin prepares for a request whose first bytes are here.
@@ -94,7 +95,7 @@ func (x *exchange) forget() {
 	x.path, x.ctx, x.down, x.caller = nil, nil, nil, caller{}
 	x.urlPath, x.query = nil, nil
 	x.table, x.dest, x.route, x.cluster, x.held = nil, nil, nil, nil, false
-	x.edit, x.pairs = http1.Edit{}, [4]http1.Pair{}
+	x.edit, x.pairs = http1.Edit{}, [5]http1.Pair{}
 	clear(x.tried)
 	x.lookups, x.replay, x.tried = x.lookups[:0], x.replay[:0], x.tried[:0]
 	if cap(x.replay) > wire.BufferSize {

@@ -7,14 +7,17 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/retry"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/wire"
 )
 
 // While the proxy waits for an upstream it looks whether the client still waits
@@ -48,8 +51,10 @@ type forwarding struct {
 	look  time.Duration
 	heard time.Time // when the head of the response had come
 
-	up       callee // what is called; h1 or h2
+	mu       sync.Mutex // guards the setting of up
+	up       callee     // what is called; h1 or h2
 	h1       h1Up
+	h2       h2Up
 	resp     http1.Head
 	respEdit http1.Edit
 	broken   bool // what send wrote did not go out as a whole
@@ -71,7 +76,7 @@ func (f *forwarding) begin(x *exchange, b *breaker.Breaker, v breaker.Verdict) {
 	if per := x.route.Retry.PerTryTimeout; per > 0 {
 		f.until = sooner(f.until, f.begun.Add(per))
 	}
-	f.up, f.broken, f.slow, f.interim = nil, false, false, false
+	f.broken, f.slow, f.interim = false, false, false
 	f.pump, f.pumpDone, f.clientErr = nil, false, nil
 	f.stop.Store(false)
 	f.reading.Store(false)
@@ -79,7 +84,7 @@ func (f *forwarding) begin(x *exchange, b *breaker.Breaker, v breaker.Verdict) {
 
 // forget drops what must not outlive the request.
 func (f *forwarding) forget() {
-	f.exchange, f.breaker, f.endpoint, f.up = nil, nil, nil, nil
+	f.exchange, f.breaker, f.endpoint = nil, nil, nil
 	f.resp.Reset()
 	f.respEdit = http1.Edit{}
 }
@@ -95,13 +100,48 @@ func sooner(a, b time.Time) time.Time {
 // connect borrows a connection, or a stream of one, for the attempt. over is the
 // limit that it passed in Observe mode.
 func (f *forwarding) connect() (over upstream.Limit, err error) {
+	if f.useHTTP2() {
+		if err = f.h2.open(f.endpoint, f.until); err != nil {
+			return "", err
+		}
+		f.called(&f.h2)
+		return f.h2.s.Over, nil
+	}
+	// Not the listener's context: a drain lets requests finish.
 	c, err := f.endpoint.Get(context.Background(), f.until)
 	if err != nil {
 		return "", err
 	}
 	f.h1.begin(c, f.req.Method)
-	f.up = &f.h1
+	f.called(&f.h1)
 	return c.Over, nil
+}
+
+// useHTTP2 says what the endpoint is spoken to in: the application, in what its
+// caller speaks; others, in what the control plane says.
+func (f *forwarding) useHTTP2() bool {
+	if f.outbound {
+		return f.cluster.Config().HTTP2
+	}
+	_, is := f.down.(*h2Down)
+	return is
+}
+
+// called sets whom hangUp wakes; nil for nobody.
+func (f *forwarding) called(up callee) {
+	f.mu.Lock()
+	f.up = up
+	f.mu.Unlock()
+}
+
+// hangUp ends the attempt, whatever it waits for: the client has gone. It may be
+// called by any goroutine at any time.
+func (f *forwarding) hangUp() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.up != nil {
+		f.up.wake()
+	}
 }
 
 // run sends the request over the connection and passes the response on to the
@@ -111,7 +151,9 @@ func (f *forwarding) run() (r result) {
 	keep := false
 	defer func() {
 		if !r.tunnel {
-			f.up.release(keep)
+			up := f.up
+			f.called(nil) // from here on it may be another's
+			up.release(keep)
 		}
 	}()
 	f.up.writeBy(f.until)
@@ -243,7 +285,7 @@ func (f *forwarding) breakOff(err error) {
 		err = bodyTimeoutError()
 	}
 	f.clientErr = err
-	f.up.wake() // receive; the connection is discarded
+	f.hangUp() // receive; the connection is discarded
 }
 
 // stopPump ends the pump and waits for it. It reports whether the whole body was
@@ -321,6 +363,9 @@ func (f *forwarding) nextLook() time.Time {
 // patient turns the end of a look into nil where waiting goes on: the attempt's
 // deadline has not passed, and the client has not gone.
 func (f *forwarding) patient(err error) error {
+	if (errors.Is(err, wire.ErrInterrupted) || errors.Is(err, http2.ErrInterrupted)) && f.down.gone() {
+		return errClientGone
+	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}

@@ -37,18 +37,8 @@ func (p *path) serveHTTP1(ctx context.Context, c *listener.Conn, peer caller) {
 	for {
 		if c.Empty() {
 			c.Release()
-			c.ReadBy(now.Add(idleTimeout))
-			going := !c.Idle()
-			if going { // draining: what has come is served, and nothing more
-				c.Interrupt()
-			}
-			err := c.Fill()
-			c.Busy()
-			if err != nil {
+			if c.FillIdle(now.Add(idleTimeout)) != nil {
 				return
-			}
-			if going {
-				c.Resume()
 			}
 		}
 		d, ok := h1Downs.Get().(*h1Down)

@@ -23,7 +23,7 @@ type h1Up struct {
 
 	body   http1.Body
 	closes bool // the response says that the connection ends with it
-	woken  bool // the write was interrupted, in vain if it was complete
+	woken  bool // interrupted, in vain if the exchange was complete
 }
 
 func (u *h1Up) begin(c *upstream.Conn, method []byte) {
@@ -138,7 +138,10 @@ func (u *h1Up) readBody(wait bool, by time.Time) (data []byte, done bool, err er
 
 func (u *h1Up) bodyTrailers() []http1.Header { return u.body.Trailers() }
 
-func (u *h1Up) wake() { u.c.Interrupt() }
+func (u *h1Up) wake() {
+	u.woken = true
+	u.c.Interrupt()
+}
 
 func (u *h1Up) unprocessed() bool { return false }
 

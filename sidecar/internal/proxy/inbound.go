@@ -18,6 +18,7 @@ func inboundLayers() []layer {
 	return []layer{
 		{"trace", "joins or begins the trace first, so that every answer carries it", (*exchange).beginTrace},
 		{"normalise", "the application sees the path that was matched", (*exchange).normalise},
+		{"provenance", "who the caller is, only mutual TLS says", (*exchange).prove},
 		{"application", "the only destination of an inbound port", (*exchange).findApplication},
 		{"attempts", "one attempt: connection -> forward -> classify", (*exchange).attemptAll},
 	}
@@ -41,12 +42,7 @@ func (p *Proxy) ServeInbound(ctx context.Context, l *net.TCPListener, in bootstr
 		Clusters: map[string]*table.Cluster{cluster.Name: cluster},
 	})
 	p.Clusters.Pin(cluster.Name)
-	way := &path{Proxy: p, layers: inboundLayers(), table: &fixed, key: key}
-	return p.Conns.Serve(ctx, l, func(c *listener.Conn) {
-		if in.Protocol == "tcp" {
-			way.relay(ctx, c, cluster.Name)
-			return
-		}
-		way.serveHTTP1(ctx, c, caller{source: c.RemoteAddr().String()})
-	})
+	way := &path{Proxy: p, layers: inboundLayers(), table: &fixed, key: key, mutual: p.Mutual}
+	to := target{protocol: in.Protocol, cluster: cluster.Name}
+	return p.Conns.Serve(ctx, l, func(c *listener.Conn) { way.serve(ctx, c, func() target { return to }) })
 }

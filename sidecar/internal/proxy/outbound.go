@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"math/rand/v2"
 	"net"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
@@ -23,15 +24,22 @@ func outboundLayers() []layer {
 }
 
 // ServeOutbound serves an ambassador port for the destination key until ctx
-// ends. The protocol is the one that the control plane gives: it is asked for
-// each connection.
+// ends. What it speaks is what the control plane says: it is asked for each
+// connection.
 func (p *Proxy) ServeOutbound(ctx context.Context, l *net.TCPListener, key string) error {
 	way := &path{Proxy: p, outbound: true, layers: outboundLayers(), table: p.Table, key: key}
-	return p.Conns.Serve(ctx, l, func(c *listener.Conn) {
-		if d := p.Table.Load().Destinations[key]; d != nil && d.Protocol == "tcp" {
-			way.relay(ctx, c, d.Cluster)
-			return
-		}
-		way.serveHTTP1(ctx, c, caller{source: c.RemoteAddr().String()})
-	})
+	return p.Conns.Serve(ctx, l, func(c *listener.Conn) { way.serve(ctx, c, way.outboundTarget) })
+}
+
+// outboundTarget is where a connection of an ambassador port goes.
+func (p *path) outboundTarget() target {
+	d := p.table.Load().Destinations[p.key]
+	if d == nil || d.Missing {
+		return target{protocol: protocolHTTP} // which can say so
+	}
+	t := target{protocol: d.Protocol, cluster: d.Cluster}
+	if d.Protocol == protocolTLS && len(d.ServerNames) > 0 {
+		t.byServerName = func(name string) (string, bool) { return d.ByServerName(name, rand.Uint64()) }
+	}
+	return t
 }

@@ -17,7 +17,9 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/detect"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
@@ -59,6 +61,9 @@ type Proxy struct {
 	Log      *accesslog.Log
 	Metrics  *telemetry.Metrics
 	Spans    *telemetry.Spans // nil: none are exported
+	Mutual   *Mutual          // nil: callers are taken in clear
+	Seen     *detect.Memory
+	HTTP2    *http2.Config // of inbound and outbound ports; nil takes the defaults
 }
 
 // layer is one step of a path. It returns false when the request has been
@@ -75,8 +80,9 @@ type path struct {
 	layers   []layer
 	// table and key of the destination: of an outbound port, what the control
 	// plane says; of an inbound one, the application.
-	table *table.Current
-	key   string
+	table  *table.Current
+	key    string
+	mutual *Mutual // of an inbound port
 }
 
 func (p *path) direction() string {

@@ -48,7 +48,10 @@ func (f *forwarding) upgrade() result {
 // attempt is over by then: a tunnel may last for days.
 func (f *forwarding) converse() {
 	x, c := f.exchange, f.h1.c
-	defer f.h1.release(false)
+	defer func() {
+		f.called(nil)
+		f.h1.release(false)
+	}()
 	d, ok := x.down.(*h1Down)
 	if !ok {
 		panic("proxy: a tunnel for a client that cannot have asked for it")

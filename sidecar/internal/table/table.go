@@ -8,6 +8,7 @@
 package table
 
 import (
+	"strings"
 	"sync/atomic"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
@@ -52,6 +53,26 @@ type ServerName struct {
 	Name string
 	// Clusters with weights.
 	Clusters []route.Weighted
+}
+
+// ByServerName is the cluster for a TLS connection that asks for the name, in
+// lower case, empty where it asks for none; rnd draws among several. It is not ok
+// where the name has no route, or none with a weight.
+func (d *Destination) ByServerName(name string, rnd uint64) (cluster string, ok bool) {
+	for i := range d.ServerNames {
+		if s := &d.ServerNames[i]; s.matches(name) {
+			r := route.Route{Clusters: s.Clusters}
+			return r.Pick(rnd)
+		}
+	}
+	return d.Cluster, d.Cluster != ""
+}
+
+func (s *ServerName) matches(name string) bool {
+	if suffix, wild := strings.CutPrefix(s.Name, "*"); wild {
+		return len(name) > len(suffix) && strings.HasSuffix(name, suffix)
+	}
+	return s.Name == name
 }
 
 // Cluster is a destination's endpoints and the policies that guard them.

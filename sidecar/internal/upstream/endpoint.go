@@ -2,13 +2,17 @@ package upstream
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/wire"
 )
 
@@ -50,7 +54,11 @@ type pool struct {
 	mu      sync.Mutex
 	latency balance.EWMA
 	idle    []*Conn // the one used last is last
+	shared  []*shared
+	dialing *dialing // nil unless a shared connection is being made
 	retired bool
+	tlsFor  *table.TLS
+	tls     map[string]*tls.Config // by protocol, for tlsFor
 }
 
 // Ejected reports whether outlier detection has taken the endpoint out.
@@ -80,6 +88,7 @@ type Conn struct {
 	Over Limit
 
 	since time.Time // when it became idle
+	verified
 }
 
 // Get borrows a connection for one exchange: an idle one that is still open, or
@@ -90,9 +99,9 @@ func (e *Endpoint) Get(ctx context.Context, deadline time.Time) (*Conn, error) {
 	for {
 		c := e.popIdle()
 		if c == nil {
-			return e.Dial(ctx, deadline)
+			return e.dialOne(ctx, deadline, "http/1.1")
 		}
-		if c.Alive() {
+		if c.verified.holds(e) && c.Alive() {
 			e.active.Add(1)
 			c.Endpoint, c.Reused, c.Over = e, true, ""
 			return c, nil
@@ -113,47 +122,137 @@ func (e *Endpoint) popIdle() *Conn {
 	return c
 }
 
-// Dial is Get for who cannot take a connection that has been used.
-func (e *Endpoint) Dial(ctx context.Context, deadline time.Time) (c *Conn, err error) {
+// Dial is Get for who cannot take a connection that has been used, nor says in
+// advance what it will speak.
+func (e *Endpoint) Dial(ctx context.Context, deadline time.Time) (*Conn, error) {
+	return e.dialOne(ctx, deadline, "")
+}
+
+func (e *Endpoint) dialOne(ctx context.Context, deadline time.Time, protocol string) (*Conn, error) {
 	e.active.Add(1)
-	if c, err = e.dial(ctx, deadline); err != nil {
+	d, err := e.dial(ctx, deadline, protocol)
+	if err != nil {
 		e.active.Add(-1)
+		return nil, err
 	}
-	return c, err
+	c := &Conn{Endpoint: e, Over: d.over, verified: d.verified}
+	if err := c.Init(d.tcp, nil); err != nil {
+		e.Discard(c)
+		return nil, err
+	}
+	if d.tls != nil {
+		c.Secure(d.tls)
+	}
+	return c, nil
+}
+
+// dialed is a new connection to an endpoint.
+type dialed struct {
+	tcp *net.TCPConn
+	tls *tls.Conn // above tcp; nil in clear
+	verified
+	over Limit
+}
+
+// verified is who is at the other end, and under which configuration that was
+// enough. The zero value is a connection in clear.
+type verified struct {
+	by   *table.TLS
+	peer string // SPIFFE ID
+}
+
+// holds reports whether a connection to e may be used under the configuration
+// that is now in force, and remembers that it may.
+func (v *verified) holds(e *Endpoint) bool {
+	now := e.cluster.Config().TLS
+	if !e.TLS || v.by == now {
+		return true
+	}
+	if now == nil || !slices.Contains(now.Identities, v.peer) {
+		return false
+	}
+	v.by = now
+	return true
 }
 
 // dial counts the request as pending while it connects, as Envoy does.
-func (e *Endpoint) dial(ctx context.Context, deadline time.Time) (*Conn, error) {
+// protocol is what TLS offers to speak.
+func (e *Endpoint) dial(ctx context.Context, deadline time.Time, protocol string) (d dialed, err error) {
 	cfg := e.cluster.Config()
-	var over Limit
 	if !within(&e.cluster.pending, cfg.Limits.PendingRequests) {
-		over = PendingRequests
+		d.over = PendingRequests
 	}
 	defer e.cluster.pending.Add(-1)
 	// A connection that idles at another endpoint is no reason to refuse this one.
 	if !within(&e.cluster.connections, cfg.Limits.Connections) && !e.cluster.spare(!cfg.LimitsObserve) {
-		over = Connections
+		d.over = Connections
 	}
-	if over != "" && !cfg.LimitsObserve {
-		e.cluster.connections.Add(-1)
-		return nil, over
+	defer func() {
+		if err != nil {
+			e.cluster.connections.Add(-1)
+		}
+	}()
+	if d.over != "" && !cfg.LimitsObserve {
+		return d, d.over
 	}
-	d := net.Dialer{Timeout: connectTimeout, Deadline: deadline, KeepAlive: 30 * time.Second}
-	nc, err := d.DialContext(ctx, "tcp", e.Name)
+	until := time.Now().Add(connectTimeout)
+	if !deadline.IsZero() && deadline.Before(until) {
+		until = deadline
+	}
+	dialer := net.Dialer{Deadline: until, KeepAlive: 30 * time.Second}
+	nc, err := dialer.DialContext(ctx, "tcp", e.Name)
 	if err != nil {
-		e.cluster.connections.Add(-1)
-		return nil, err
+		return d, err
 	}
-	tcp, ok := nc.(*net.TCPConn)
-	if !ok {
+	var ok bool
+	if d.tcp, ok = nc.(*net.TCPConn); !ok {
 		panic("upstream: a TCP dialer returned another connection")
 	}
-	c := &Conn{Endpoint: e, Over: over}
-	if err := c.Init(tcp, nil); err != nil {
-		c.close()
-		return nil, err
+	if !e.TLS {
+		return d, nil
 	}
-	return c, nil
+	if err = e.secure(ctx, &d, cfg.TLS, protocol, until); err != nil {
+		_ = d.tcp.Close()
+	}
+	return d, err
+}
+
+// secure shakes hands. There is no way on in clear.
+func (e *Endpoint) secure(ctx context.Context, d *dialed, want *table.TLS, protocol string, until time.Time) error {
+	if want == nil || e.cluster.secure == nil {
+		return errors.New("the endpoint takes mutual TLS only, and this sidecar has no identity: give it a join token and the control plane's roots")
+	}
+	ctx, cancel := context.WithDeadline(ctx, until)
+	defer cancel()
+	d.tls = tls.Client(d.tcp, e.sessions(e.cluster.secure, want, protocol))
+	if err := d.tls.HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("TLS: %w", err)
+	}
+	d.by = want
+	if uris := d.tls.ConnectionState().PeerCertificates[0].URIs; len(uris) == 1 {
+		d.peer = uris[0].String()
+	}
+	return nil
+}
+
+// sessions is the TLS configuration for want and protocol. It is kept, for it
+// resumes its own sessions only.
+func (p *pool) sessions(secure Secure, want *table.TLS, protocol string) *tls.Config {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.tlsFor != want {
+		p.tlsFor, p.tls = want, map[string]*tls.Config{}
+	}
+	cfg := p.tls[protocol]
+	if cfg == nil {
+		var protocols []string
+		if protocol != "" {
+			protocols = []string{protocol}
+		}
+		cfg = secure(want, protocols...)
+		p.tls[protocol] = cfg
+	}
+	return cfg
 }
 
 // Put ends the exchange; the connection may serve another one.
@@ -210,6 +309,7 @@ func (p *pool) closeIdle(before time.Time) {
 	for _, c := range gone {
 		c.close()
 	}
+	p.closeIdleShared(before)
 }
 
 // spare reports whether a connection idles, and closes it if take is set. The
@@ -231,6 +331,9 @@ func (p *pool) spare(take bool) bool {
 func (p *pool) retire() {
 	p.mu.Lock()
 	p.retired = true
+	for _, c := range p.shared {
+		c.Drain() // its streams go on
+	}
 	p.mu.Unlock()
 	p.closeIdle(time.Time{})
 }

@@ -10,6 +10,7 @@ package upstream
 
 import (
 	"context"
+	"crypto/tls"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/outlier"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 )
@@ -36,8 +38,19 @@ const (
 	sweepEvery = time.Second
 )
 
+// Secure makes the configuration for mutual TLS with the endpoints of a cluster
+// and what is going to be spoken: "h2", "http/1.1", or nothing known.
+type Secure func(to *table.TLS, protocols ...string) *tls.Config
+
 // Clusters is the state of every cluster in use. It is safe for concurrent use.
 type Clusters struct {
+	// Secure is nil where this proxy has no identity: endpoints that take TLS only
+	// cannot be reached then. It is set before use.
+	Secure Secure
+	// HTTP2 bounds the HTTP/2 connections; nil takes the defaults. It is set before
+	// use.
+	HTTP2 *http2.Config
+
 	newID   func() string
 	onTrip  func(breaker.Evidence)
 	onEject func(cluster string, e outlier.Event)
@@ -45,6 +58,8 @@ type Clusters struct {
 	mu     sync.RWMutex
 	m      map[string]*Cluster
 	pinned map[string]bool
+
+	open connections
 }
 
 // New makes an empty set. newID names evidence; onTrip and onEject hear of every
@@ -69,7 +84,7 @@ func (cs *Clusters) For(t *table.Table, name string) *Cluster {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	if c = cs.m[name]; c == nil {
-		c = &Cluster{Name: name}
+		c = &Cluster{Name: name, secure: cs.Secure, http2: cs.HTTP2, open: &cs.open}
 		cs.m[name] = c
 	}
 	if c.applied.Load() != want {
@@ -98,7 +113,8 @@ func (cs *Clusters) All() []*Cluster {
 }
 
 // Run closes idle connections, ends ejections and forgets clusters that current
-// no longer names, until ctx ends; then it closes every idle connection.
+// no longer names, until ctx ends; then it closes every connection that idles and
+// every one that speaks HTTP/2.
 func (cs *Clusters) Run(ctx context.Context, current *table.Current) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -106,8 +122,11 @@ func (cs *Clusters) Run(ctx context.Context, current *table.Current) error {
 		select {
 		case <-ctx.Done():
 			for _, c := range cs.All() {
-				c.closeIdle(time.Time{})
+				for _, e := range c.Endpoints() {
+					e.retire()
+				}
 			}
+			cs.open.cut()
 			return ctx.Err()
 		case now := <-tick.C:
 			cs.sweep(now, current.Load())
@@ -140,6 +159,10 @@ func (cs *Clusters) sweep(now time.Time, t *table.Table) {
 // Cluster is the state of one cluster.
 type Cluster struct {
 	Name string
+
+	secure func(*table.TLS) *tls.Config
+	http2  *http2.Config
+	open   *connections
 
 	applied   atomic.Pointer[table.Cluster]
 	endpoints atomic.Pointer[[]*Endpoint]
@@ -185,13 +208,18 @@ func (c *Cluster) apply(want *table.Cluster, cs *Clusters) {
 		}
 		known[ep.Address] = true
 		e := old[ep.Address]
+		if e != nil && e.TLS != ep.TLS {
+			e = nil // a connection in clear is not gone on with; the old pool retires below
+		}
 		switch {
 		case e == nil:
 			e = &Endpoint{Endpoint: ep, Name: ep.Address.String(), cluster: c, pool: &pool{}}
 		case e.Endpoint != ep: // same address, other metadata: the connections are as good as before
 			e = &Endpoint{Endpoint: ep, Name: e.Name, cluster: c, pool: e.pool}
 		}
-		delete(old, ep.Address)
+		if e.pool == poolOf(old[ep.Address]) {
+			delete(old, ep.Address)
+		}
 		next = append(next, e)
 		addresses = append(addresses, ep.Address)
 	}
@@ -226,6 +254,13 @@ func (c *Cluster) apply(want *table.Cluster, cs *Clusters) {
 	if most := want.Limits.Connections; most > 0 && c.connections.Load() > int64(most) {
 		c.closeIdle(time.Time{}) // connections from before the limit
 	}
+}
+
+func poolOf(e *Endpoint) *pool {
+	if e == nil {
+		return nil
+	}
+	return e.pool
 }
 
 func (c *Cluster) closeIdle(before time.Time) {

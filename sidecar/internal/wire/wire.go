@@ -97,8 +97,13 @@ func (c *Conn) Init(tcp *net.TCPConn, early []byte) (err error) {
 }
 
 // Secure goes on over t, which must have been made above the Conn's TCP
-// connection and have shaken hands. Nothing may be unread.
-func (c *Conn) Secure(t *tls.Conn) { c.nc, c.tls = t, t }
+// connection and have shaken hands. Nothing may be unread. Deadlines that were
+// set meanwhile are taken back.
+func (c *Conn) Secure(t *tls.Conn) {
+	c.nc, c.tls = t, t
+	c.readSet, c.writeSet = time.Time{}, time.Time{}
+	_ = c.tcp.SetDeadline(time.Time{}) // a closed connection says so when it is used
+}
 
 // TCP is the connection below; TLS the one above it, nil in clear.
 func (c *Conn) TCP() *net.TCPConn { return c.tcp }

@@ -1,0 +1,103 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+)
+
+// h2Down is an exchange whose client speaks HTTP/2, and the client's side of it:
+// one stream.
+type h2Down struct {
+	exchange
+	s *http2.Stream
+}
+
+var h2Downs = sync.Pool{New: func() any { return new(h2Down) }}
+
+// serveHTTP2 serves the streams of one connection until it ends.
+func (p *path) serveHTTP2(ctx context.Context, c *listener.Conn, peer caller) {
+	var nc net.Conn = c.Transport()
+	early := append([]byte(nil), c.Unread()...)
+	c.Release()
+	c.ReadBy(time.Time{}) // deadlines are http2's from here on
+	c.WriteBy(time.Time{})
+	_ = nc.SetDeadline(time.Time{})
+	s := http2.NewServer(nc, early, p.http2Config())
+	c.OnDrain(s.Drain)
+	defer c.OnDrain(nil)
+	_ = s.Serve(func(s *http2.Stream) { // each stream has been told why
+		d, ok := h2Downs.Get().(*h2Down)
+		if !ok {
+			panic("proxy: the pool holds something else than exchanges")
+		}
+		d.path, d.ctx, d.caller, d.s = p, ctx, peer, s
+		d.down = d
+		d.serve()
+		s.OnGone(nil)
+		s.Release()
+		d.s = nil
+		d.forget()
+		h2Downs.Put(d)
+	})
+}
+
+// serve takes the request of a stream down the path.
+func (d *h2Down) serve() {
+	d.begin()
+	if d.s.ReadHead(&d.req, time.Time{}) != nil {
+		return // reset before we came to it
+	}
+	d.bodyDone = d.req.Framing == http1.None
+	d.s.OnGone(d.fwd.hangUp)
+	d.run()
+}
+
+func (d *h2Down) readBody(wait bool) ([]byte, bool, error) {
+	if d.bodyDone {
+		return nil, true, nil
+	}
+	return d.s.ReadBody(wait, time.Now().Add(bodyTimeout))
+}
+
+func (d *h2Down) bodyTrailers() []http1.Header { return d.s.Trailers() }
+
+func (d *h2Down) interruptBody() { d.s.Interrupt() }
+
+func (d *h2Down) gone() bool { return d.s.Gone() }
+
+func (d *h2Down) interim(h *http1.Head) error {
+	if err := d.s.WriteHead(h, nil, false); err != nil {
+		return err
+	}
+	return d.s.Flush()
+}
+
+func (d *h2Down) writeHead(h *http1.Head, e *http1.Edit, end bool) error {
+	return d.s.WriteHead(h, e, end)
+}
+
+func (d *h2Down) writeBody(b []byte, end bool) error {
+	if len(b) == 0 && !end {
+		return nil
+	}
+	return d.s.WriteData(b, end, time.Now().Add(writeTimeout))
+}
+
+func (d *h2Down) writeTrailers(t []http1.Header) error { return d.s.WriteTrailers(t) }
+
+func (d *h2Down) flush() error { return d.s.Flush() }
+
+func (d *h2Down) cut() {
+	code := http2.ErrCodeInternal
+	if d.flags&accesslog.DPE != 0 {
+		code = http2.ErrCodeProtocol
+	}
+	d.s.Reset(code)
+}
