@@ -405,7 +405,7 @@ func (x *exchange) clientGone(r result) {
 func (x *exchange) finish() {
 	now := time.Now()
 	d := now.Sub(x.start)
-	x.Metrics.Observe(telemetry.Request{Outbound: x.outbound, Destination: x.key, Protocol: "http", Status: x.status, Flags: x.flags}, d)
+	x.Metrics.Destination(x.outbound, x.key).Observe(telemetry.Request{Status: x.status, Flags: x.flags}, d)
 	e := accesslog.Entry{
 		Start: x.start, Duration: d, Direction: x.direction(), Protocol: "http",
 		Method: x.req.Method, Path: x.urlPath, Host: x.req.Host, UserAgent: x.req.Get("user-agent"), RequestID: x.req.Get("x-request-id"),
