@@ -80,7 +80,7 @@ type requestSeries struct {
 	key      uint64
 	peer     string
 	total    prometheus.Counter
-	duration prometheus.Observer
+	duration *durationSeries
 }
 
 // seriesTable is an open-addressed hash table that is at least half empty.
@@ -165,7 +165,7 @@ func (d *Destination) Observe(r Request, took time.Duration) {
 		s = d.add(key, &r)
 	}
 	s.total.Inc()
-	s.duration.Observe(took.Seconds())
+	s.duration.observe(took)
 }
 
 // add makes the series of a request that is the first of its kind. Beyond
@@ -207,7 +207,7 @@ func (m *Metrics) request(d *Destination, key uint64, r *Request) (s *requestSer
 	if m.known >= maxSeries {
 		if m.overflow.Load() == nil {
 			labels := slices.Repeat([]string{"overflow"}, len(requestLabels)+4)
-			m.overflow.Store(&requestSeries{total: m.requests.WithLabelValues(labels...), duration: m.duration.WithLabelValues(labels[:len(requestLabels)+1]...)})
+			m.overflow.Store(&requestSeries{total: m.requests.WithLabelValues(labels...), duration: m.duration.with(labels[:len(requestLabels)+1]...)})
 		}
 		return m.overflow.Load(), false
 	}
@@ -229,7 +229,7 @@ func (m *Metrics) request(d *Destination, key uint64, r *Request) (s *requestSer
 	return &requestSeries{
 		key: key, peer: peer,
 		total:    m.requests.WithLabelValues(append(labels[:n:n], status, r.Flags.String(), grpc, security)...),
-		duration: m.duration.WithLabelValues(append(labels[:n:n], status)...),
+		duration: m.duration.with(append(labels[:n:n], status)...),
 	}, true
 }
 

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -27,7 +26,7 @@ type Metrics struct {
 	node bootstrap.Config
 
 	requests  *prometheus.CounterVec
-	duration  *prometheus.HistogramVec
+	duration  *durations
 	attempts  *prometheus.CounterVec
 	rejected  *prometheus.CounterVec
 	trips     *prometheus.CounterVec
@@ -59,11 +58,7 @@ func NewMetrics(r prometheus.Registerer, cfg bootstrap.Config) *Metrics {
 	}
 	m := &Metrics{node: cfg, destinations: map[destinationKey]*Destination{}}
 	m.requests = counter("outrigger_requests_total", "Requests that ended, by how.", append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code", "response_flags", "grpc_response_status", "connection_security_policy")...)
-	m.duration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "outrigger_request_duration_seconds", Help: "Time from the first byte of a request to the last of its response.",
-		Buckets:                     []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
-	}, append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code"))
+	m.duration = newDurations("outrigger_request_duration_seconds", "Time from the first byte of a request to the last of its response.", append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code"))
 	r.MustRegister(m.duration)
 	m.attempts = counter("outrigger_request_attempts_total", "Attempts at upstreams; kind is original or retry.", "destination_service", "kind")
 	m.rejected = counter("outrigger_breaker_rejected_total", "Requests that a breaker or limit rejected (mode Enforce) or would have rejected (mode Observe).", "destination_service", "policy", "cause", "mode")
