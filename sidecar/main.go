@@ -27,6 +27,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/overload"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
@@ -45,6 +46,7 @@ type config struct {
 	readyTimeout           time.Duration
 	otlpEndpoint           string
 	otlpRatio              float64
+	memory                 overload.Limit
 }
 
 func parse(args []string, stdout, stderr io.Writer) (config, error) {
@@ -76,9 +78,14 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	fs.DurationVar(&c.readyTimeout, "ready-timeout", 0, "give up when not configured by then; 0 waits for ever, not ready")
 	fs.StringVar(&c.otlpEndpoint, "otlp-endpoint", "", "OTLP/HTTP endpoint for spans, for example http://127.0.0.1:4318. Empty: none")
 	fs.Float64Var(&c.otlpRatio, "trace-ratio", 0.01, "share of the traces that begin here and are sampled, 0 to 1")
+	memory := fs.String("memory-limit", "", "memory in bytes, with Ki, Mi or Gi: requests are shed from 90 % on, connections refused from 95 % on. Empty: the limit of the cgroup; none: no limit")
 	c.Register(fs)
 	if err := c.Parse(fs, args, stdout); err != nil {
 		return c, err
+	}
+	var err error
+	if c.memory, err = overload.ParseLimit(*memory); err != nil {
+		return c, fmt.Errorf("--memory-limit %w", err)
 	}
 	if c.Workload == "" {
 		return c, errors.New("--workload is empty: name the workload that this sidecar stands beside")
@@ -120,6 +127,8 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	registry.MustRegister(admin.Gauges{Clusters: clusters})
 	conns := &listener.Group{}
 	registerQueues(registry, access, conns)
+	monitor := overload.New(cfg.memory)
+	monitor.Register(registry)
 
 	// Who tells us, and who carries.
 	state := ""
@@ -142,7 +151,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	defer quit()
 	operators := &admin.Server{
 		Table: &current, Clusters: clusters, Metrics: registry, Log: log, Control: func() any { return client.Status() }, Drain: quit, Quit: quit,
-		Ready: func() error { return readiness(client, conns, cfg.ControlPlane) },
+		Ready: func() error { return readiness(client, conns, monitor, cfg.ControlPlane) },
 	}
 	binder := binder{ctx: ctx}
 	defer binder.closeUnused()
@@ -177,6 +186,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	var lateOnes sync.WaitGroup
 	lateOnes.Go(func() { _ = access.Run(late, stdout) })
 	lateOnes.Go(func() { _ = clusters.Run(late, &current) })
+	lateOnes.Go(func() { _ = monitor.Run(late) })
 
 	actor := func(f func(context.Context) error) {
 		actx, cancel := context.WithCancel(ctx)
@@ -215,7 +225,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			case <-ctx.Done():
 				return ctx.Err()
 			case <-time.After(cfg.readyTimeout):
-				return fmt.Errorf("not configured within --ready-timeout %s: %w", cfg.readyTimeout, readiness(client, conns, cfg.ControlPlane))
+				return fmt.Errorf("not configured within --ready-timeout %s: %w", cfg.readyTimeout, readiness(client, conns, monitor, cfg.ControlPlane))
 			}
 		})
 	}
@@ -238,13 +248,13 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	return err
 }
 
-func readiness(client *xdsclient.Client, conns *listener.Group, address string) error {
+func readiness(client *xdsclient.Client, conns *listener.Group, monitor *overload.Monitor, address string) error {
 	if conns.Draining() {
 		return errors.New("draining")
 	}
 	select {
 	case <-client.Ready():
-		return nil
+		return monitor.Err()
 	default:
 		return fmt.Errorf("waiting for configuration from the control plane at %s", address)
 	}

@@ -48,6 +48,8 @@ func TestBadFlagsAreNamed(t *testing.T) {
 	f("inbound", quiet("--inbound=nonsense")...)
 	f("not-defined", quiet("--not-defined")...)
 	f("--control-plane", quiet("--control-plane=10.0.0.1:15010")...)
+	f("--memory-limit \"64MB\"", quiet("--memory-limit=64MB")...)
+	f("--memory-limit \"1Mi\"", quiet("--memory-limit=1Mi")...)
 	f("--state-dir", quiet("--state-dir=/dev/null/x")...)
 }
 

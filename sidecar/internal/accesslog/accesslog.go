@@ -34,27 +34,32 @@ type Entry struct {
 	Start       time.Time
 	Duration    time.Duration
 	Direction   string // outbound or inbound
-	Protocol    string // http or tcp
+	Protocol    string // http, http2, grpc or tcp
 	Method      []byte
 	Path        []byte // without the query: it may hold secrets
 	Host        []byte
 	UserAgent   []byte
 	RequestID   []byte
 	Status      int
+	GRPCStatus  int8 // status code in the trailers, -1 where none came; of Protocol grpc only
 	Flags       Flags
 	Destination string // <namespace>/<service>:<port>
 	Route       string
 	Upstream    string // address of the endpoint
 	Source      string // address of the caller
-	Attempts    int
-	BytesIn     int64 // of the request's body
-	BytesOut    int64 // of the response's body
-	TraceID     []byte
-	SpanID      []byte
-	ParentID    []byte
-	Breaker     string // policy that rejected, or would have
-	Detail      string // why, for local replies
-	Config      string // version of the configuration
+
+	Security      string // mutual_tls or tls, on the side of the mesh; empty: in clear
+	PeerIdentity  string // SPIFFE ID of the caller (inbound) or of the endpoint (outbound)
+	TLSServerName string // that the caller asked for
+	Attempts      int
+	BytesIn       int64 // of the request's body
+	BytesOut      int64 // of the response's body
+	TraceID       []byte
+	SpanID        []byte
+	ParentID      []byte
+	Breaker       string // policy that rejected, or would have
+	Detail        string // why, for local replies
+	Config        string // version of the configuration
 }
 
 // Log is the queue to one writer. It is safe for concurrent use.
@@ -152,8 +157,11 @@ func (l *Log) Write(e *Entry) {
 	if len(e.RequestID) > 0 {
 		b = appendBytes(b, "http.request.id", e.RequestID)
 	}
-	if e.Protocol == "http" {
+	if e.Protocol != "tcp" {
 		b = appendInt(b, "http.response.status_code", int64(e.Status))
+	}
+	if e.Protocol == "grpc" && e.GRPCStatus >= 0 {
+		b = appendInt(b, "rpc.grpc.status_code", int64(e.GRPCStatus))
 	}
 	b = appendField(b, "outrigger.response_flags", e.Flags.String())
 	b = appendInt(b, "event.duration", int64(e.Duration))
@@ -163,6 +171,9 @@ func (l *Log) Write(e *Entry) {
 	b = appendNonEmpty(b, "outrigger.route", e.Route)
 	b = appendNonEmpty(b, "destination.address", e.Upstream)
 	b = appendNonEmpty(b, "source.address", e.Source)
+	b = appendNonEmpty(b, "outrigger.security", e.Security)
+	b = appendNonEmpty(b, "outrigger.peer.identity", e.PeerIdentity)
+	b = appendNonEmpty(b, "tls.client.server_name", e.TLSServerName)
 	b = appendInt(b, "outrigger.attempts", int64(e.Attempts))
 	if len(e.TraceID) > 0 {
 		b = appendBytes(b, record.TraceID, e.TraceID)
@@ -202,7 +213,7 @@ func appendMessage(b []byte, e *Entry) []byte {
 		b = append(b, e.Protocol...)
 	}
 	b = append(b, " -> "...)
-	if e.Protocol == "http" {
+	if e.Protocol != "tcp" {
 		b = strconv.AppendInt(b, int64(e.Status), 10)
 	}
 	if e.Flags != 0 {

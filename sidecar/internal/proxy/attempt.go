@@ -97,7 +97,7 @@ func (x *exchange) attemptAll() bool {
 // attemptOnce is one attempt: { balance -> connection -> forward -> classify }.
 func (x *exchange) attemptOnce(b *breaker.Breaker, v breaker.Verdict) (r result) {
 	x.attempts++
-	x.Metrics.Attempt(x.key, x.attempts > 1)
+	x.series.Attempt(x.attempts > 1)
 	f := &x.fwd
 	f.begin(x, b, v)
 	f.endpoint = x.cluster.Pick(x.tried)

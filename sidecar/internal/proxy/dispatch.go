@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/detect"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
@@ -177,6 +178,9 @@ func (p *path) authenticate(c *listener.Conn, who caller, protocol string) (call
 		p.Metrics.ProtocolError("downstream", "handshake_refused")
 		p.refuseConn(c, who, protocol, accesslog.DPE, "handshake_refused: "+err.Error())
 		return who, false
+	}
+	if id, err := identity.Parse(who.identity); err == nil {
+		who.account = id.Namespace + "/" + id.ServiceAccount
 	}
 	who.proof = []byte("By=" + m.Self + ";URI=" + who.identity)
 	return who, true

@@ -73,8 +73,23 @@ type exchange struct {
 type caller struct {
 	source   string // address
 	identity string // SPIFFE ID that mutual TLS has proved; empty in clear
+	account  string // its <namespace>/<service account>, for metrics
 	proof    []byte // what the application is told of it
 }
+
+// protocol of the request, for metrics.
+func (x *exchange) protocol() telemetry.Protocol {
+	if x.grpc {
+		return telemetry.GRPC
+	}
+	if _, ok := x.down.(*h2Down); ok {
+		return telemetry.HTTP2
+	}
+	return telemetry.HTTP1
+}
+
+// logged are the names of protocols in the access log.
+var logged = [...]string{telemetry.HTTP1: "http", telemetry.HTTP2: "http2", telemetry.GRPC: "grpc"}
 
 // begin prepares for a request whose first bytes are here.
 func (x *exchange) begin() {
@@ -127,6 +142,16 @@ func (x *exchange) protocolError(bad *http1.Error) bool {
 	plain, _, _ := strings.Cut(bad.Detail, `: "`)
 	x.detail = bad.Reason + ": " + plain
 	return false
+}
+
+// shed answers before memory runs out (Envoy's overload manager).
+func (x *exchange) shed() bool {
+	if !x.Overload.Shed() {
+		return true
+	}
+	x.flags |= accesslog.OM
+	x.mustClose = true // what comes next would only be shed too
+	return x.reply(503, "overloaded: the sidecar has too little memory for another request")
 }
 
 func (x *exchange) beginTrace() bool {
@@ -321,17 +346,23 @@ func (x *exchange) clientGone(r result) {
 func (x *exchange) finish() {
 	x.ended = time.Now()
 	d := x.ended.Sub(x.start)
-	protocol := "http"
-	if x.grpc {
-		protocol = "grpc"
-	}
-	x.Metrics.Observe(telemetry.Request{Outbound: x.outbound, Destination: x.key, Protocol: protocol, Status: x.status, Flags: x.flags}, d)
+	m := telemetry.Request{Protocol: x.protocol(), Status: x.status, GRPCStatus: int8(x.grpcStatus), Flags: x.flags}
 	e := accesslog.Entry{
-		Start: x.start, Duration: d, Direction: x.direction(), Protocol: "http",
+		Start: x.start, Duration: d, Direction: x.direction(), Protocol: logged[m.Protocol],
 		Method: x.req.Method, Path: x.urlPath, Host: x.req.Host, UserAgent: x.req.Get("user-agent"), RequestID: x.req.Get("x-request-id"),
-		Status: x.status, Flags: x.flags, Destination: x.key, Upstream: x.upstream, Source: x.source, Attempts: x.attempts,
-		BytesIn: int64(len(x.replay)) + x.pumped, BytesOut: x.bytesOut, Breaker: x.rejected, Detail: x.detail,
+		Status: x.status, GRPCStatus: int8(x.grpcStatus), Flags: x.flags, Destination: x.key, Upstream: x.upstream, Source: x.source, Attempts: x.attempts,
+		BytesIn: int64(len(x.replay)) + x.pumped, BytesOut: x.bytesOut, Breaker: x.rejected, Detail: x.detail, PeerIdentity: x.identity,
 	}
+	if x.outbound {
+		e.PeerIdentity = x.fwd.peer
+	}
+	if e.PeerIdentity != "" {
+		m.Secure, e.Security = true, "mutual_tls"
+		if !x.outbound {
+			m.Peer = x.account
+		}
+	}
+	x.series.Observe(m, d)
 	if x.urlPath == nil { // not normalised: cut the query off all the same
 		e.Path, _, _ = bytes.Cut(x.req.Target, []byte("?"))
 	}

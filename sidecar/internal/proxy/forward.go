@@ -44,7 +44,8 @@ type forwarding struct {
 	breaker    *breaker.Breaker // nil where the cluster has none
 	verdict    breaker.Verdict
 	endpoint   *upstream.Endpoint
-	classified bool // all have been told how it went
+	classified bool   // all have been told how it went
+	peer       string // SPIFFE ID that the endpoint has proved; empty in clear
 
 	begun time.Time
 	until time.Time // deadline; zero is none
@@ -84,7 +85,7 @@ func (f *forwarding) begin(x *exchange, b *breaker.Breaker, v breaker.Verdict) {
 
 // forget drops what must not outlive the request.
 func (f *forwarding) forget() {
-	f.exchange, f.breaker, f.endpoint = nil, nil, nil
+	f.exchange, f.breaker, f.endpoint, f.peer = nil, nil, nil, ""
 	f.resp.Reset()
 	f.respEdit = http1.Edit{}
 }
@@ -105,6 +106,7 @@ func (f *forwarding) connect() (over upstream.Limit, err error) {
 			return "", err
 		}
 		f.called(&f.h2)
+		f.peer = f.h2.s.Peer()
 		return f.h2.s.Over, nil
 	}
 	// Not the listener's context: a drain lets requests finish.
@@ -114,6 +116,7 @@ func (f *forwarding) connect() (over upstream.Limit, err error) {
 	}
 	f.h1.begin(c, f.req.Method)
 	f.called(&f.h1)
+	f.peer = c.Peer()
 	return c.Over, nil
 }
 

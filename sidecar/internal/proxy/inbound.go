@@ -17,6 +17,7 @@ import (
 func inboundLayers() []layer {
 	return []layer{
 		{"trace", "joins or begins the trace first, so that every answer carries it", (*exchange).beginTrace},
+		{"overload", "sheds with OM before memory runs out", (*exchange).shed},
 		{"normalise", "the application sees the path that was matched", (*exchange).normalise},
 		{"provenance", "who the caller is, only mutual TLS says", (*exchange).prove},
 		{"application", "the only destination of an inbound port", (*exchange).findApplication},
@@ -42,7 +43,7 @@ func (p *Proxy) ServeInbound(ctx context.Context, l *net.TCPListener, in bootstr
 		Clusters: map[string]*table.Cluster{cluster.Name: cluster},
 	})
 	p.Clusters.Pin(cluster.Name)
-	way := &path{Proxy: p, layers: inboundLayers(), table: &fixed, key: key, mutual: p.Mutual}
+	way := &path{Proxy: p, layers: inboundLayers(), table: &fixed, key: key, mutual: p.Mutual, series: p.Metrics.Destination(false, key)}
 	to := target{protocol: in.Protocol, cluster: cluster.Name}
 	return p.Conns.Serve(ctx, l, func(c *listener.Conn) { way.serve(ctx, c, func() target { return to }) })
 }

@@ -12,6 +12,7 @@ import (
 func outboundLayers() []layer {
 	return []layer{
 		{"trace", "joins or begins the trace first, so that every answer carries it", (*exchange).beginTrace},
+		{"overload", "sheds with OM before memory runs out", (*exchange).shed},
 		{"normalise", "one form of the path is matched, counted and forwarded", (*exchange).normalise},
 		{"destination", "what the control plane says of the service; NC where it has none", (*exchange).findDestination},
 		{"route", "the first match wins; NR where none does", (*exchange).findRoute},
@@ -27,7 +28,7 @@ func outboundLayers() []layer {
 // ends. What it speaks is what the control plane says: it is asked for each
 // connection.
 func (p *Proxy) ServeOutbound(ctx context.Context, l *net.TCPListener, key string) error {
-	way := &path{Proxy: p, outbound: true, layers: outboundLayers(), table: p.Table, key: key}
+	way := &path{Proxy: p, outbound: true, layers: outboundLayers(), table: p.Table, key: key, series: p.Metrics.Destination(true, key)}
 	return p.Conns.Serve(ctx, l, func(c *listener.Conn) { way.serve(ctx, c, way.outboundTarget) })
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/overload"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
@@ -63,6 +64,7 @@ type Proxy struct {
 	Spans    *telemetry.Spans // nil: none are exported
 	Mutual   *Mutual          // nil: callers are taken in clear
 	Seen     *detect.Memory
+	Overload *overload.Monitor
 	HTTP2    *http2.Config // of inbound and outbound ports; nil takes the defaults
 }
 
@@ -83,6 +85,7 @@ type path struct {
 	table  *table.Current
 	key    string
 	mutual *Mutual // of an inbound port
+	series *telemetry.Destination
 }
 
 func (p *path) direction() string {

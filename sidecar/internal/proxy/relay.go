@@ -33,10 +33,10 @@ func (p *path) relay(ctx context.Context, c *listener.Conn, clusterName string) 
 	var trace telemetry.TraceContext
 	trace.Begin(nil, false)
 	e.TraceID, e.SpanID = trace.TraceID[:], trace.SpanID[:]
-	p.Metrics.TCPOpened(p.outbound, p.key)
+	p.series.TCPOpened()
 	defer func() {
 		e.Duration = time.Since(start)
-		p.Metrics.TCPClosed(p.outbound, p.key, e.BytesIn, e.BytesOut)
+		p.series.TCPClosed(e.BytesIn, e.BytesOut)
 		p.Log.Write(&e)
 	}()
 	cluster := p.Clusters.For(t, clusterName)
@@ -87,7 +87,7 @@ func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *access
 		}
 		tried = append(tried, ep)
 		e.Attempts++
-		p.Metrics.Attempt(p.key, e.Attempts > 1)
+		p.series.Attempt(e.Attempts > 1)
 		start := time.Now()
 		up, err := ep.Dial(ctx, time.Time{})
 		if limit := upstream.LimitOf(err); limit != "" {

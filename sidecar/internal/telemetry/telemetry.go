@@ -1,24 +1,20 @@
 // Package telemetry counts what the proxy does: Prometheus metrics with the
 // label set that dashboards for meshes know, W3C trace context, and spans.
 //
-// It knows label names and their limits, not requests. Series are looked up
-// once for each combination of labels and then kept, so that a request costs a
-// map look-up by value and no string building. Everything here is safe for
-// concurrent use.
+// It knows label names and their limits, not requests. Package proxy calls it:
+// it resolves a Destination for each of its paths and tells it of every request,
+// which costs no lock, no look-up by text and no allocation. Everything here is
+// safe for concurrent use.
 package telemetry
 
 import (
-	"maps"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
-	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 )
 
 // maxSeries bounds the series of one metric: what is beyond is counted with
@@ -30,7 +26,7 @@ type Metrics struct {
 	node bootstrap.Config
 
 	requests  *prometheus.CounterVec
-	duration  *prometheus.HistogramVec
+	duration  *durations
 	attempts  *prometheus.CounterVec
 	rejected  *prometheus.CounterVec
 	trips     *prometheus.CounterVec
@@ -39,43 +35,12 @@ type Metrics struct {
 
 	tcpOpened, tcpClosed, tcpSent, tcpReceived *prometheus.CounterVec
 
-	series    cache[Request, *requestSeries]
-	attempted cache[attempt, prometheus.Counter]
-}
+	overflow atomic.Pointer[requestSeries] // of requests beyond maxSeries; nil until known has reached it
 
-// cache keeps what was looked up once. Reading it costs no lock and no
-// allocation; it is copied for every new entry, which the bound on series
-// affords.
-type cache[K comparable, V any] struct {
-	mu sync.Mutex
-	m  atomic.Pointer[map[K]V]
-}
-
-// get returns the value of k. What is new is looked up, given how many are kept
-// already, and kept if keep says so.
-func (c *cache[K, V]) get(k K, lookUp func(k K, known int) (v V, keep bool)) V {
-	if m := c.m.Load(); m != nil {
-		if v, ok := (*m)[k]; ok {
-			return v
-		}
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var old map[K]V
-	if m := c.m.Load(); m != nil {
-		old = *m
-	}
-	if v, ok := old[k]; ok {
-		return v
-	}
-	v, keep := lookUp(k, len(old))
-	if keep {
-		next := make(map[K]V, len(old)+1)
-		maps.Copy(next, old)
-		next[k] = v
-		c.m.Store(&next)
-	}
-	return v
+	mu           sync.Mutex
+	destinations map[destinationKey]*Destination
+	known        int             // series of requests
+	beyond       [2]*Destination // inbound and outbound, beyond maxSeries destinations
 }
 
 var requestLabels = []string{
@@ -91,13 +56,9 @@ func NewMetrics(r prometheus.Registerer, cfg bootstrap.Config) *Metrics {
 		r.MustRegister(c)
 		return c
 	}
-	m := &Metrics{node: cfg}
-	m.requests = counter("outrigger_requests_total", "Requests that ended, by how.", append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code", "response_flags")...)
-	m.duration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "outrigger_request_duration_seconds", Help: "Time from the first byte of a request to the last of its response.",
-		Buckets:                     []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
-	}, append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code"))
+	m := &Metrics{node: cfg, destinations: map[destinationKey]*Destination{}}
+	m.requests = counter("outrigger_requests_total", "Requests that ended, by how.", append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code", "response_flags", "grpc_response_status", "connection_security_policy")...)
+	m.duration = newDurations("outrigger_request_duration_seconds", "Time from the first byte of a request to the last of its response.", append(requestLabels[:len(requestLabels):len(requestLabels)], "response_code"))
 	r.MustRegister(m.duration)
 	m.attempts = counter("outrigger_request_attempts_total", "Attempts at upstreams; kind is original or retry.", "destination_service", "kind")
 	m.rejected = counter("outrigger_breaker_rejected_total", "Requests that a breaker or limit rejected (mode Enforce) or would have rejected (mode Observe).", "destination_service", "policy", "cause", "mode")
@@ -109,50 +70,10 @@ func NewMetrics(r prometheus.Registerer, cfg bootstrap.Config) *Metrics {
 	m.tcpClosed = counter("outrigger_tcp_connections_closed_total", "TCP connections closed.", tcp...)
 	m.tcpSent = counter("outrigger_tcp_sent_bytes_total", "Bytes sent to callers over TCP.", tcp...)
 	m.tcpReceived = counter("outrigger_tcp_received_bytes_total", "Bytes received from callers over TCP.", tcp...)
+	for i := range m.beyond {
+		m.beyond[i] = newDestination(m, i == 1, "overflow/overflow")
+	}
 	return m
-}
-
-// Request is what the series of a request differ in. Destination is
-// <namespace>/<service>:<port>.
-type Request struct {
-	Outbound    bool
-	Destination string
-	Protocol    string
-	Status      int
-	Flags       accesslog.Flags
-}
-
-type requestSeries struct {
-	total    prometheus.Counter
-	duration prometheus.Observer
-}
-
-// Observe counts a request that took d.
-func (m *Metrics) Observe(k Request, d time.Duration) {
-	s := m.series.get(k, m.request)
-	s.total.Inc()
-	s.duration.Observe(d.Seconds())
-}
-
-func (m *Metrics) request(k Request, known int) (*requestSeries, bool) {
-	labels := []string{"destination", "unknown", "unknown"}
-	if k.Outbound {
-		labels = []string{"source", m.node.Workload, m.node.Namespace}
-	}
-	namespace, service := Service(k.Destination)
-	labels = append(labels, service+"."+namespace+".svc", service, namespace, k.Protocol)
-	code, flags := strconv.Itoa(k.Status), k.Flags.String()
-	if known >= maxSeries {
-		for i := range labels {
-			labels[i] = "overflow"
-		}
-		code, flags = "overflow", "overflow"
-		return &requestSeries{m.requests.WithLabelValues(append(labels, code, flags)...), m.duration.WithLabelValues(append(labels, code)...)}, false
-	}
-	return &requestSeries{
-		total:    m.requests.WithLabelValues(append(labels[:len(labels):len(labels)], code, flags)...),
-		duration: m.duration.WithLabelValues(append(labels[:len(labels):len(labels)], code)...),
-	}, true
 }
 
 // Service splits <namespace>/<service>:<port> as labels want it.
@@ -168,24 +89,6 @@ func Service(key string) (namespace, service string) {
 func serviceLabel(key string) string {
 	namespace, service := Service(key)
 	return service + "." + namespace + ".svc"
-}
-
-// Attempt counts an attempt; retry tells the second and later ones.
-func (m *Metrics) Attempt(destination string, retry bool) {
-	m.attempted.get(attempt{destination, retry}, m.attempt).Inc()
-}
-
-type attempt struct {
-	destination string
-	retry       bool
-}
-
-func (m *Metrics) attempt(k attempt, known int) (prometheus.Counter, bool) {
-	kind := "original"
-	if k.retry {
-		kind = "retry"
-	}
-	return m.attempts.WithLabelValues(serviceLabel(k.destination), kind), known < maxSeries
 }
 
 // Rejected counts what a breaker or limit rejected, or would have. Cause is
@@ -208,26 +111,6 @@ func (m *Metrics) Ejection(destination, cause string) {
 // upstream.
 func (m *Metrics) ProtocolError(side, reason string) {
 	m.protocol.WithLabelValues(side, reason).Inc()
-}
-
-// TCPOpened counts a relayed connection.
-func (m *Metrics) TCPOpened(outbound bool, destination string) {
-	m.tcpOpened.WithLabelValues(m.tcpLabels(outbound, destination)...).Inc()
-}
-
-// TCPClosed counts its end and the bytes that it carried.
-func (m *Metrics) TCPClosed(outbound bool, destination string, received, sent int64) {
-	l := m.tcpLabels(outbound, destination)
-	m.tcpClosed.WithLabelValues(l...).Inc()
-	m.tcpReceived.WithLabelValues(l...).Add(float64(received))
-	m.tcpSent.WithLabelValues(l...).Add(float64(sent))
-}
-
-func (m *Metrics) tcpLabels(outbound bool, destination string) []string {
-	if outbound {
-		return []string{"source", m.node.Workload, serviceLabel(destination)}
-	}
-	return []string{"destination", "unknown", serviceLabel(destination)}
 }
 
 func mode(observe bool) string {

@@ -5,12 +5,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
-	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 )
 
 var node = bootstrap.Config{Namespace: "shop", Workload: "storefront", Instance: "storefront-0"}
@@ -51,34 +48,6 @@ func FuzzTraceparent(f *testing.F) {
 			t.Fatalf("%q became %s", h, c.AppendTraceparent(nil))
 		}
 	})
-}
-
-func TestRequestsCarryTheMeshLabels(t *testing.T) {
-	r := prometheus.NewRegistry()
-	m := NewMetrics(r, node)
-	k := Request{Outbound: true, Destination: "shop/payments:80", Protocol: "http", Status: 503, Flags: accesslog.UO}
-	m.Observe(k, time.Millisecond)
-	m.Observe(k, time.Millisecond)
-	want := `
-# HELP outrigger_requests_total Requests that ended, by how.
-# TYPE outrigger_requests_total counter
-outrigger_requests_total{destination_service="payments.shop.svc",destination_service_name="payments",destination_service_namespace="shop",reporter="source",request_protocol="http",response_code="503",response_flags="UO",source_workload="storefront",source_workload_namespace="shop"} 2
-`
-	if err := testutil.GatherAndCompare(r, strings.NewReader(want), "outrigger_requests_total"); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func TestSeriesAreBounded(t *testing.T) {
-	r := prometheus.NewRegistry()
-	m := NewMetrics(r, node)
-	for i := range maxSeries + 100 {
-		m.Observe(Request{Destination: "shop/payments:80", Status: i}, time.Millisecond)
-	}
-	n, err := testutil.GatherAndCount(r, "outrigger_requests_total")
-	if err != nil || n != maxSeries+1 {
-		t.Fatalf("%d series, %v; want %d and one for the overflow", n, err, maxSeries)
-	}
 }
 
 func TestSpanHasTheIDsOfTheHeader(t *testing.T) {

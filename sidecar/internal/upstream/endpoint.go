@@ -161,6 +161,9 @@ type verified struct {
 	peer string // SPIFFE ID
 }
 
+// Peer is the SPIFFE ID that the other end has proved; empty in clear.
+func (v *verified) Peer() string { return v.peer }
+
 // holds reports whether a connection to e may be used under the configuration
 // that is now in force, and remembers that it may.
 func (v *verified) holds(e *Endpoint) bool {

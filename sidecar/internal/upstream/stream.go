@@ -145,6 +145,9 @@ func (e *Endpoint) share(ctx context.Context, deadline time.Time, d *dialing) {
 	})
 }
 
+// Peer is the SPIFFE ID that the other end has proved; empty in clear.
+func (s *Stream) Peer() string { return s.c.peer }
+
 // Close ends the exchange.
 func (s *Stream) Close(now time.Time) {
 	s.Stream.Release()
