@@ -197,9 +197,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	actor(func(ctx context.Context) error {
 		select {
 		case <-client.Ready():
-			// What start-up took is not needed again: a sidecar that idles for months
-			// should not hold it.
-			debug.FreeOSMemory()
+			giveBack()
 		case <-ctx.Done():
 		}
 		<-ctx.Done()

@@ -23,6 +23,7 @@ package breaker
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -316,11 +317,21 @@ func (b *Breaker) unlockAndReport() {
 	}
 }
 
-// grpcStatuses are the status names that failureOn may hold (gRPC's
-// codes.Code). HTTP/1.1 and TCP carry no gRPC status, so here they are valid and
-// never met.
-const grpcStatuses = " cancelled unknown invalid-argument deadline-exceeded not-found already-exists permission-denied resource-exhausted" +
-	" failed-precondition aborted out-of-range unimplemented internal unavailable data-loss unauthenticated "
+// grpcStatuses are the status names that failureOn may hold, in the order of
+// their codes from 1 on (gRPC's codes.Code).
+var grpcStatuses = [...]string{
+	"cancelled", "unknown", "invalid-argument", "deadline-exceeded", "not-found", "already-exists", "permission-denied", "resource-exhausted",
+	"failed-precondition", "aborted", "out-of-range", "unimplemented", "internal", "unavailable", "data-loss", "unauthenticated",
+}
+
+// GRPCFailures says which failures a gRPC status is, in the words of gRPC; none
+// for 0, which is OK, and for codes that gRPC does not know.
+func GRPCFailures(code int) Failures {
+	if code < 1 || code > len(grpcStatuses) {
+		return 0
+	}
+	return failGRPC << (code - 1)
+}
 
 // ParseFailures reads the words of failureOn.
 func ParseFailures(words []string) (Failures, error) {
@@ -338,9 +349,11 @@ func ParseFailures(words []string) (Failures, error) {
 		case "timeout":
 			f |= FailTimeout
 		default:
-			if w == "" || !strings.Contains(grpcStatuses, " "+strings.ToLower(w)+" ") {
+			code := slices.Index(grpcStatuses[:], strings.ToLower(w)) + 1
+			if code == 0 {
 				return 0, fmt.Errorf("failureOn %q is not one of 5xx, gateway-error, connect-failure, reset, timeout, nor a gRPC status such as unavailable", w)
 			}
+			f |= GRPCFailures(code)
 		}
 	}
 	return f, nil

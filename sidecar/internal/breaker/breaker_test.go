@@ -163,7 +163,7 @@ func duration(t *testing.T, s string) time.Duration {
 }
 
 func TestParseFailuresNamesTheWord(t *testing.T) {
-	if f, err := breaker.ParseFailures([]string{"unavailable", "reset"}); err != nil || f != breaker.FailReset {
+	if f, err := breaker.ParseFailures([]string{"unavailable", "reset"}); err != nil || f != breaker.FailReset|breaker.GRPCFailures(14) {
 		t.Errorf("a gRPC status: %v, %v", f, err)
 	}
 	if _, err := breaker.ParseFailures([]string{"5xx", "sometimes"}); err == nil || !strings.Contains(err.Error(), `"sometimes"`) {

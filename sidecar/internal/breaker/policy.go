@@ -22,7 +22,7 @@ type Policy struct {
 }
 
 // Failures is the set of outcomes that count against a destination.
-type Failures uint16
+type Failures uint32
 
 // What may count as a failure; the words of failureOn.
 const (
@@ -31,6 +31,7 @@ const (
 	FailConnectFailure
 	FailReset
 	FailTimeout
+	failGRPC // of code 1; those of the others follow
 )
 
 // FailDefault is what counts unless the policy says otherwise.

@@ -25,6 +25,10 @@ const MaxConnections = 20000
 
 // Group is the connections of all listeners of a proxy. The zero value is ready.
 type Group struct {
+	// Refuse has new connections closed while it returns true, for memory is short.
+	// Nil: none is. It is set before Serve.
+	Refuse func() bool
+
 	draining atomic.Bool
 	refused  atomic.Uint64
 
@@ -86,7 +90,7 @@ func (g *Group) Serve(ctx context.Context, l *net.TCPListener, handle func(*Conn
 		}
 		backoff = time.Millisecond
 		conn := &Conn{group: g}
-		if conn.Init(c, nil) != nil || !g.add(conn) {
+		if g.Refuse != nil && g.Refuse() || conn.Init(c, nil) != nil || !g.add(conn) {
 			g.refused.Add(1)
 			_ = c.Close()
 			continue

@@ -156,6 +156,9 @@ func (f *forwarding) classify(r result) {
 	if r.failure == retry.None {
 		took = f.heard.Sub(f.begun) // what follows depends on the client, too
 	}
+	if x.grpc && r.failure == retry.None && r.grpc != retry.NoGRPC {
+		r.status = httpOf(r.grpc)
+	}
 	f.endpoint.Observe(now, took, r.failure != retry.None || r.status >= 500)
 	x.cluster.Record(now, f.endpoint, outlier.Result{Status: r.status, LocalOrigin: r.failure != retry.None})
 	if f.breaker == nil {
@@ -165,6 +168,9 @@ func (f *forwarding) classify(r result) {
 	switch r.failure {
 	case retry.None:
 		o.Failed = breaker.StatusFailures(r.status)
+		if x.grpc {
+			o.Failed |= breaker.GRPCFailures(r.grpc)
+		}
 	case retry.ConnectFailure:
 		o.Status, o.Failed = 0, breaker.FailConnectFailure|breaker.FailGatewayError
 	case retry.PerTryTimeout:

@@ -29,6 +29,10 @@ type Mutual struct {
 	Strict bool
 }
 
+// sniffTimeout is how long the first bytes of a connection are waited for, where
+// the server may be the one that speaks first.
+const sniffTimeout = 50 * time.Millisecond
+
 // protocols that a port may be declared to speak (table.Destination.Protocol,
 // bootstrap.Inbound.Protocol).
 const (
@@ -113,7 +117,7 @@ func (p *path) sniff(c *listener.Conn, declared bool) (detect.Result, error) {
 	r, err := p.look(c, by)
 	switch {
 	case err == nil:
-		p.Seen.Note(p.key, r.Protocol, time.Now())
+		p.Seen.Found(p.key, r.Protocol, time.Now())
 		return r, nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return opaque, nil

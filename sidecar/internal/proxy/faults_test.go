@@ -30,7 +30,7 @@ import (
 )
 
 // dial connects to the sidecar with five seconds for all that follows.
-func (m *mesh) dial() net.Conn {
+func (m *mesh) dial() *net.TCPConn {
 	m.t.Helper()
 	c, err := net.Dial("tcp", m.addr)
 	if err != nil {
@@ -38,7 +38,7 @@ func (m *mesh) dial() net.Conn {
 	}
 	m.t.Cleanup(func() { _ = c.Close() })
 	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-	return c
+	return c.(*net.TCPConn)
 }
 
 func (m *mesh) usage() upstream.Usage { return m.clusters.For(m.table.Load(), key).Usage() }
@@ -237,6 +237,7 @@ func TestClientThatLeavesEndsTheAttempt(t *testing.T) {
 		c := m.dial()
 		_, _ = io.WriteString(c, "GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n")
 		<-entered
+		_ = c.SetLinger(0) // in the middle of something, as a program that dies
 		_ = c.Close()
 		select {
 		case <-ended:
@@ -522,5 +523,58 @@ func TestIdleConnectionToOneEndpointDoesNotStarveAnother(t *testing.T) {
 		if resp, body := m.do("GET", "/", nil); resp.StatusCode != 200 {
 			t.Fatalf("%d %q with nothing in flight", resp.StatusCode, body)
 		}
+	}
+}
+
+// A client that closes its direction after its request has said that the request
+// is whole, and is still answered.
+func TestHalfClosedClientIsAnswered(t *testing.T) {
+	m := start(t, nil, serve(t, func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(300 * time.Millisecond) // long enough for the proxy to look whether the client is there
+		_, _ = io.WriteString(w, "late")
+	}))
+	c := m.dial()
+	_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(b), "\r\n\r\nlate") {
+		t.Fatalf("%q, %v", b, err)
+	}
+	if line := m.logged(); line["outrigger.response_flags"] != "-" {
+		t.Errorf("%v", line)
+	}
+}
+
+// One that closes it in the middle of its request has left.
+func TestHalfClosedInMidRequestHasLeft(t *testing.T) {
+	m := start(t, nil, serve(t, func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
+	c := m.dial()
+	_, _ = io.WriteString(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
+	_ = c.CloseWrite()
+	if b, _ := io.ReadAll(c); len(b) > 0 {
+		t.Errorf("answered %q", b)
+	}
+	if line := m.logged(); line["outrigger.response_flags"] != "DC" {
+		t.Errorf("%v", line)
+	}
+}
+
+// Nobody waits for ever for one that may have left.
+func TestHalfClosedClientIsNotWaitedForForLong(t *testing.T) {
+	ended := make(chan struct{})
+	m := start(t, nil, serve(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done(); close(ended) }))
+	c := m.dial()
+	_ = c.SetDeadline(time.Now().Add(15 * time.Second))
+	_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	_ = c.CloseWrite()
+	begun := time.Now()
+	select {
+	case <-ended:
+	case <-time.After(12 * time.Second):
+		t.Fatal("the upstream still works for a client that has probably gone")
+	}
+	if took := time.Since(begun); took < 4*time.Second {
+		t.Errorf("given up after %v; a slow answer should still have reached it", took)
 	}
 }

@@ -53,6 +53,38 @@ func grpcOf(status int) int {
 	}
 }
 
+// httpOf is the HTTP status that stands for a gRPC code where only HTTP is
+// understood, as in Envoy's outlier detection: a call that failed was answered
+// 200.
+func httpOf(code int) int {
+	switch code {
+	case 0:
+		return 200
+	case 1:
+		return 499
+	case 3, 9, 11:
+		return 400
+	case 4:
+		return 504
+	case 5:
+		return 404
+	case 6, 10:
+		return 409
+	case 7:
+		return 403
+	case 8:
+		return 429
+	case 12:
+		return 501
+	case 14:
+		return 503
+	case 16:
+		return 401
+	default:
+		return 500
+	}
+}
+
 // replyGRPC makes a reply one that a gRPC client understands: Trailers-Only, with
 // the status that our HTTP status stands for and the reason as its message.
 func (x *exchange) replyGRPC(h *http1.Head, e *http1.Edit) {

@@ -25,7 +25,9 @@ type h1Down struct {
 	framing http1.Framing // of the response's body, as written
 	out     []byte
 	outBuf  *[]byte
-	woken   bool // the reading of the body was interrupted, in vain if it was complete
+	// halfClosed is since when the client is known to have closed its direction.
+	halfClosed time.Time
+	woken      bool // the reading of the body was interrupted, in vain if it was complete
 }
 
 var h1Downs = sync.Pool{New: func() any { return new(h1Down) }}
@@ -61,7 +63,7 @@ func (d *h1Down) release() {
 	if d.outBuf != nil {
 		wire.Give(d.outBuf)
 	}
-	d.out, d.outBuf, d.conn, d.woken = nil, nil, nil, false
+	d.out, d.outBuf, d.conn, d.woken, d.halfClosed = nil, nil, nil, false, time.Time{}
 	d.forget()
 	h1Downs.Put(d)
 }
@@ -174,7 +176,20 @@ func (d *h1Down) interruptBody() {
 	d.conn.Interrupt()
 }
 
-func (d *h1Down) gone() bool { return d.conn.Gone() }
+// gone lets a client that has closed its direction wait for its answer: it may
+// have done so only to say that its request is whole (RFC 9112, 9.6), and cannot
+// be told from one that has left.
+func (d *h1Down) gone() bool {
+	err := d.conn.Gone()
+	if !errors.Is(err, io.EOF) {
+		return err != nil
+	}
+	now := time.Now()
+	if d.halfClosed.IsZero() {
+		d.halfClosed = now
+	}
+	return !d.bodyDone || now.Sub(d.halfClosed) >= halfCloseGrace
+}
 
 func (d *h1Down) interim(h *http1.Head) error {
 	if d.req.Minor == 0 { // HTTP/1.0 knows none
@@ -191,8 +206,10 @@ func (d *h1Down) writeHead(h *http1.Head, e *http1.Edit, end bool) error {
 		framing = e.Framing
 	}
 	if !end {
-		if framing == http1.UntilClose && d.req.Minor == 1 {
-			framing = http1.Chunked // so that the client's connection survives
+		// In chunks the client's connection survives, and trailers, which HTTP/2 may
+		// send behind a body of known length, have a place.
+		if d.req.Minor == 1 && (framing == http1.UntilClose || framing == http1.Length && h.Get("trailer") != nil) {
+			framing = http1.Chunked
 			e.Framing = framing
 		}
 		if framing == http1.Chunked && d.req.Minor == 0 {

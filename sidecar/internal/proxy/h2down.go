@@ -29,7 +29,7 @@ func (p *path) serveHTTP2(ctx context.Context, c *listener.Conn, peer caller) {
 	c.ReadBy(time.Time{}) // deadlines are http2's from here on
 	c.WriteBy(time.Time{})
 	_ = nc.SetDeadline(time.Time{})
-	s := http2.NewServer(nc, early, p.http2Config())
+	s := http2.NewServer(nc, early, p.http2)
 	c.OnDrain(s.Drain)
 	defer c.OnDrain(nil)
 	_ = s.Serve(func(s *http2.Stream) { // each stream has been told why
@@ -95,9 +95,9 @@ func (d *h2Down) writeTrailers(t []http1.Header) error { return d.s.WriteTrailer
 func (d *h2Down) flush() error { return d.s.Flush() }
 
 func (d *h2Down) cut() {
-	code := http2.ErrCodeInternal
+	code := http2.InternalError
 	if d.flags&accesslog.DPE != 0 {
-		code = http2.ErrCodeProtocol
+		code = http2.ProtocolError
 	}
 	d.s.Reset(code)
 }

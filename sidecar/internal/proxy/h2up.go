@@ -45,7 +45,7 @@ func (u *h2Up) sent() bool { return u.wrote }
 func (u *h2Up) writeBy(t time.Time) { u.by = t }
 
 // interruptWrite gives the stream up: what waits for its window fails.
-func (u *h2Up) interruptWrite() { u.s.Reset(http2.ErrCodeCancel) }
+func (u *h2Up) interruptWrite() { u.s.Reset(http2.Cancel) }
 
 func (u *h2Up) readHead(h *http1.Head, by time.Time) error { return u.s.ReadHead(h, by) }
 

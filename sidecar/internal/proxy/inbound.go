@@ -43,7 +43,7 @@ func (p *Proxy) ServeInbound(ctx context.Context, l *net.TCPListener, in bootstr
 		Clusters: map[string]*table.Cluster{cluster.Name: cluster},
 	})
 	p.Clusters.Pin(cluster.Name)
-	way := &path{Proxy: p, layers: inboundLayers(), table: &fixed, key: key, mutual: p.Mutual, series: p.Metrics.Destination(false, key)}
+	way := &path{Proxy: p, layers: inboundLayers(), table: &fixed, key: key, mutual: p.Mutual, series: p.Metrics.Destination(false, key), http2: HTTP2("downstream", p.Metrics)}
 	to := target{protocol: in.Protocol, cluster: cluster.Name}
 	return p.Conns.Serve(ctx, l, func(c *listener.Conn) { way.serve(ctx, c, func() target { return to }) })
 }

@@ -28,7 +28,7 @@ func outboundLayers() []layer {
 // ends. What it speaks is what the control plane says: it is asked for each
 // connection.
 func (p *Proxy) ServeOutbound(ctx context.Context, l *net.TCPListener, key string) error {
-	way := &path{Proxy: p, outbound: true, layers: outboundLayers(), table: p.Table, key: key, series: p.Metrics.Destination(true, key)}
+	way := &path{Proxy: p, outbound: true, layers: outboundLayers(), table: p.Table, key: key, series: p.Metrics.Destination(true, key), http2: HTTP2("downstream", p.Metrics)}
 	return p.Conns.Serve(ctx, l, func(c *listener.Conn) { way.serve(ctx, c, way.outboundTarget) })
 }
 

@@ -38,6 +38,9 @@ const (
 	writeTimeout = 60 * time.Second
 	// bodyTimeout is how long a client may be silent in the middle of a body.
 	bodyTimeout = 60 * time.Second
+	// halfCloseGrace is how long a client that has closed its direction, and perhaps
+	// left, is still answered.
+	halfCloseGrace = 5 * time.Second
 	// maxReplay is how much of a request's body is kept for another attempt. A
 	// request with more is not retried once some of it has been sent.
 	maxReplay = 64 << 10
@@ -64,8 +67,7 @@ type Proxy struct {
 	Spans    *telemetry.Spans // nil: none are exported
 	Mutual   *Mutual          // nil: callers are taken in clear
 	Seen     *detect.Memory
-	Overload *overload.Monitor
-	HTTP2    *http2.Config // of inbound and outbound ports; nil takes the defaults
+	Overload *overload.Monitor // nil: nothing is shed
 }
 
 // layer is one step of a path. It returns false when the request has been
@@ -86,6 +88,13 @@ type path struct {
 	key    string
 	mutual *Mutual // of an inbound port
 	series *telemetry.Destination
+	http2  *http2.Config
+}
+
+// HTTP2 bounds HTTP/2 connections on a side, downstream or upstream, and counts
+// what is refused on them.
+func HTTP2(side string, m *telemetry.Metrics) *http2.Config {
+	return &http2.Config{OnProtocolError: func(reason string) { m.ProtocolError(side, reason) }}
 }
 
 func (p *path) direction() string {

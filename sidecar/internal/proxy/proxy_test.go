@@ -26,6 +26,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/detect"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/outlier"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
@@ -89,7 +90,7 @@ func start(t testing.TB, adjust func(*table.Cluster, *route.Route), servers ...s
 	}, func(string, outlier.Event) {})
 	p := &proxy.Proxy{
 		Node: node, Table: m.table, Clusters: clusters, Conns: m.conns, Log: accesslog.New("shop", "storefront", "storefront-0"),
-		Metrics: telemetry.NewMetrics(m.registry, node),
+		Metrics: telemetry.NewMetrics(m.registry, node), Seen: &detect.Memory{},
 	}
 	m.clusters, m.proxy = clusters, p
 	l, err := program.Listen(t.Context(), "--upstream payments", "127.0.0.1:0")

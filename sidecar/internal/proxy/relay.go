@@ -25,9 +25,9 @@ const relayAttempts = 3
 
 // relay carries a TCP connection to an endpoint of the cluster. The breaker
 // counts failures to connect; what is said on the connection is not ours.
-func (p *path) relay(ctx context.Context, c *listener.Conn, clusterName string) {
+func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterName, serverName string) {
 	start := time.Now()
-	e := accesslog.Entry{Start: start, Direction: p.direction(), Protocol: "tcp", Destination: p.key, Source: c.RemoteAddr().String()}
+	e := accesslog.Entry{Start: start, Direction: p.direction(), Protocol: "tcp", Destination: p.key, Source: who.source, PeerIdentity: who.identity, TLSServerName: serverName}
 	t := p.table.Load()
 	e.Config = t.Version
 	var trace telemetry.TraceContext

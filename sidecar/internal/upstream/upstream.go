@@ -160,7 +160,7 @@ func (cs *Clusters) sweep(now time.Time, t *table.Table) {
 type Cluster struct {
 	Name string
 
-	secure func(*table.TLS) *tls.Config
+	secure Secure
 	http2  *http2.Config
 	open   *connections
 

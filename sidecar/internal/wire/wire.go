@@ -71,6 +71,7 @@ type Conn struct {
 	tryErr  error
 	seen    bool
 	seenErr error
+	reset   error // seen by look
 
 	readBy, readSet   time.Time // wanted, and set in the system
 	writeBy, writeSet time.Time
@@ -423,11 +424,13 @@ func (c *Conn) Resume() {
 	c.readSet, c.writeSet = past, past
 }
 
-// Gone reports whether the peer has ended the connection, or we have. Bytes that
-// it sent before hide that.
-func (c *Conn) Gone() bool {
-	seen, err := c.peek()
-	return seen && err != nil
+// Gone reports whether the connection has ended: io.EOF where the peer has closed
+// its direction, which it may have done only to say that its request is whole;
+// another error where nothing can be said to it any more. Bytes that it sent
+// before hide that. It is nil while the connection stands.
+func (c *Conn) Gone() error {
+	_, err := c.peek()
+	return err
 }
 
 // Alive reports whether an idle connection is still open and the peer has sent
@@ -454,6 +457,12 @@ func (c *Conn) lookAt(fd uintptr) {
 	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EINTR):
 		c.seen, c.seenErr = false, nil
 	case err == nil && n == 0:
-		c.seenErr = io.EOF
+		// A reset that follows the end is told by the socket's error only, and once.
+		if e, err := syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR); c.reset == nil && err == nil && e != 0 {
+			c.reset = syscall.Errno(e)
+		}
+		if c.seenErr = io.EOF; c.reset != nil {
+			c.seenErr = c.reset
+		}
 	}
 }

@@ -195,20 +195,26 @@ func TestAWriteToAPeerThatReadsNothingEnds(t *testing.T) {
 
 func TestGoneAndAlive(t *testing.T) {
 	c, peer := pair(t)
-	if c.Gone() || !c.Alive() {
+	if c.Gone() != nil || !c.Alive() {
 		t.Fatal("a quiet connection is gone or not alive")
 	}
 	say(t, peer, "x")
 	time.Sleep(20 * time.Millisecond)
-	if c.Gone() || c.Alive() {
+	if c.Gone() != nil || c.Alive() {
 		t.Fatal("a connection with an unasked byte is gone, or fit for use")
 	}
 	fill(t, c, 1)
 	c.Use(1)
+	_ = peer.CloseWrite()
+	time.Sleep(20 * time.Millisecond)
+	if !errors.Is(c.Gone(), io.EOF) || c.Alive() {
+		t.Fatalf("a half-closed connection: %v; want io.EOF, and not fit for use", c.Gone())
+	}
+	_ = peer.SetLinger(0)
 	_ = peer.Close()
 	time.Sleep(20 * time.Millisecond)
-	if !c.Gone() || c.Alive() {
-		t.Fatal("a closed connection is not gone, or fit for use")
+	if err := c.Gone(); err == nil || errors.Is(err, io.EOF) {
+		t.Fatalf("a connection that was reset: %v", err)
 	}
 }
 
