@@ -30,8 +30,18 @@ func TestStateFollowsMemoryWithHysteresis(t *testing.T) {
 		memory int64
 		want   State
 	}{
-		{890, OK}, {900, Shedding}, {870, Shedding}, {850, Shedding}, {849, OK}, {899, OK},
-		{950, Refusing}, {930, Refusing}, {919, Shedding}, {940, Shedding}, {1100, Refusing}, {100, OK},
+		{890, OK},
+		{900, Shedding},
+		{870, Shedding},
+		{850, Shedding},
+		{849, OK},
+		{899, OK},
+		{950, Refusing},
+		{930, Refusing},
+		{919, Shedding},
+		{940, Shedding},
+		{1100, Refusing},
+		{100, OK},
 	} {
 		u.Memory = step.memory
 		m.step()
