@@ -51,14 +51,26 @@ func TestLineIsECS(t *testing.T) {
 	}
 }
 
+// Whatever a stranger sends, the line is JSON and says it, with U+FFFD for each
+// byte that is not UTF-8.
 func FuzzLineIsJSON(f *testing.F) {
 	f.Add([]byte("/a\"b\\c\n"), []byte("caf\xc3\xa9\xff"))
+	f.Add([]byte("/12345678\x7f"), []byte("\xed\xa0\x80 12345678\xf0\x9f\x9a"))
 	f.Fuzz(func(t *testing.T, path, agent []byte) {
 		lines := written(t, func(l *accesslog.Log) {
-			l.Write(&accesslog.Entry{Method: []byte("GET"), Path: path, UserAgent: agent, Protocol: "http"})
+			l.Write(&accesslog.Entry{Method: []byte("GET"), Path: path, UserAgent: agent, Protocol: "http", Detail: string(agent)})
 		})
 		if len(lines) != 1 {
 			t.Fatalf("%d lines", len(lines))
+		}
+		said := func(b []byte, most int) any {
+			return string([]rune(string(b[:min(len(b), most)])))
+		}
+		if lines[0]["url.path"] != said(path, 1024) {
+			t.Errorf("url.path = %q; want %q", lines[0]["url.path"], path)
+		}
+		if len(agent) > 0 && (lines[0]["user_agent.original"] != said(agent, 256) || lines[0]["error.message"] != said(agent, 1024)) {
+			t.Errorf("user_agent.original = %q, error.message = %q; want %q", lines[0]["user_agent.original"], lines[0]["error.message"], agent)
 		}
 	})
 }
