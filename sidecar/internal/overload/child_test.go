@@ -72,7 +72,6 @@ func child() {
 		time.Sleep(300 * time.Microsecond)
 	}
 	runtime.KeepAlive(held)
-	held = nil
 	for until := time.Now().Add(10 * time.Second); !got.Recovered && time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
 		got.Recovered = m.State() == OK
 	}
