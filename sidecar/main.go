@@ -290,7 +290,7 @@ func registerQueues(r prometheus.Registerer, access *accesslog.Log, conns *liste
 	count := func(name, help string, f func() uint64) {
 		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(f()) }))
 	}
-	count("outrigger_access_log_dropped_total", "Access log lines dropped because the queue of "+strconv.Itoa(accesslog.Queue)+" was full.", access.Dropped)
+	count("outrigger_access_log_dropped_total", "Access log lines dropped because 1 MiB of them waited for the writer.", access.Dropped)
 	count("outrigger_access_log_failed_total", "Access log lines that could not be written.", access.Failed)
 	count("outrigger_connections_refused_total", "Connections closed unserved: "+strconv.Itoa(listener.MaxConnections)+" were open, or the system had no room for more.", conns.Refused)
 }

@@ -1,53 +1,62 @@
 // Package accesslog writes one JSON line a request, with Elastic Common Schema
 // names, in the form that the collector recognises.
 //
-// It knows the form of the line and the queue to the writer. A request never
-// waits for its log line: a full queue drops the line and counts it. Lines are
-// built in pooled buffers without reflection.
+// It knows the form of the line and what waits for the writer. Package proxy
+// calls it at the end of every request, which never waits for its log line: where
+// too much is pending the line is dropped and counted. Lines are gathered and
+// written together, so that a line costs neither a system call nor a wake-up.
 package accesslog
 
 import (
+	"bytes"
 	"context"
 	"io"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
-// Queue is how many lines may wait for the writer.
-const Queue = 4096
+// MaxPending is how many bytes of lines may wait for the writer, beside those
+// that it writes: some 1500 lines. What does not fit is dropped and counted.
+const MaxPending = 1 << 20
 
-// How much of what a stranger wrote is logged: a head may hold 64 KiB, and the
-// lines of a full queue must fit into memory.
+// A line is written when it has waited for FlushInterval, or when a chunk of
+// lines is full. Lines gather in chunks so that a burst neither moves what waits
+// nor leaves a large buffer behind.
 const (
-	maxPath = 1024
-	maxText = 256 // of every other field
+	FlushInterval = 20 * time.Millisecond
+	chunkSize     = 32 << 10
+)
+
+// How much of what a stranger wrote is logged: a head may hold 64 KiB, and one
+// line must not take the room of hundreds.
+const (
+	maxLong    = 1024 // of the path, an identity and a reason
+	maxMessage = 128  // of the path, in the message
+	maxText    = 256  // of every other field
 )
 
 // Entry is what is known of a request when it has ended. Byte slices may alias
 // a connection's buffer: Write copies.
 type Entry struct {
-	Start       time.Time
-	Duration    time.Duration
-	Direction   string // outbound or inbound
-	Protocol    string // http, http2, grpc or tcp
-	Method      []byte
-	Path        []byte // without the query: it may hold secrets
-	Host        []byte
-	UserAgent   []byte
-	RequestID   []byte
-	Status      int
-	GRPCStatus  int8 // status code in the trailers, -1 where none came; of Protocol grpc only
-	Flags       Flags
-	Destination string // <namespace>/<service>:<port>
-	Route       string
-	Upstream    string // address of the endpoint
-	Source      string // address of the caller
-
+	Start         time.Time
+	Duration      time.Duration
+	Direction     string // outbound or inbound
+	Protocol      string // http, http2, grpc or tcp
+	Method        []byte
+	Path          []byte // without the query: it may hold secrets
+	Host          []byte
+	UserAgent     []byte
+	RequestID     []byte
+	Status        int
+	GRPCStatus    int8 // status code in the trailers, -1 where none came; of Protocol grpc only
+	Flags         Flags
+	Destination   string // <namespace>/<service>:<port>
+	Route         string
+	Upstream      string // address of the endpoint
+	Source        string // address of the caller
 	Security      string // mutual_tls or tls, on the side of the mesh; empty: in clear
 	PeerIdentity  string // SPIFFE ID of the caller (inbound) or of the endpoint (outbound)
 	TLSServerName string // that the caller asked for
@@ -62,216 +71,195 @@ type Entry struct {
 	Config        string // version of the configuration
 }
 
-// Log is the queue to one writer. It is safe for concurrent use.
+// Log is what waits for one writer. It is safe for concurrent use.
 type Log struct {
-	node    []byte // the fields that are the same on every line
-	lines   chan *[]byte
-	buffers sync.Pool
+	same    []byte // the fields that are the same on every line of a request
+	end     []byte // those of every other line, and its end
+	lines   sync.Pool
 	dropped atomic.Uint64
 	failed  atomic.Uint64
+
+	mu      sync.Mutex // held for a copy, never while something is written
+	waiting int        // bytes in chunks and current
+	chunks  [][]byte   // full ones, oldest first
+	current []byte
+	free    [][]byte // empty ones
+
+	first chan struct{} // a line waits where none did
+	full  chan struct{} // a chunk is full
 }
 
 // New makes a Log whose lines say that they come from the workload given.
 func New(namespace, workload, instance string) *Log {
-	l := &Log{lines: make(chan *[]byte, Queue)}
-	l.buffers.New = func() any { b := make([]byte, 0, 1024); return &b }
-	n := appendField(nil, record.ServiceName, workload)
-	n = appendField(n, "service.namespace", namespace)
-	l.node = appendField(n, "service.node.name", instance)
+	l := &Log{first: make(chan struct{}, 1), full: make(chan struct{}, 1)}
+	l.lines.New = func() any { return &line{b: make([]byte, 0, 1024)} }
+	node := appendText(nil, `,"`+record.ServiceName+`":"`, workload)
+	node = appendText(node, `,"service.namespace":"`, namespace)
+	node = appendText(node, `,"service.node.name":"`, instance)
+	l.same = append([]byte(`","`+record.EventDataset+`":"`+record.DatasetAccess+`"`), node...)
+	l.end = append(node, "}\n"...)
 	return l
 }
 
-// Dropped is how many lines a full queue has cost; Failed how many the writer
-// refused.
+// Dropped is how many lines were dropped because MaxPending was reached.
 func (l *Log) Dropped() uint64 { return l.dropped.Load() }
 
 // Failed is how many lines the writer refused.
 func (l *Log) Failed() uint64 { return l.failed.Load() }
 
-// Run writes the lines to w until ctx ends, then what is still queued. It is the
-// only writer.
+// Run writes the lines to w until ctx ends, then what is still pending. It is the
+// only writer. Nothing runs while there is nothing to write.
 func (l *Log) Run(ctx context.Context, w io.Writer) error {
-	write := func(b *[]byte) {
-		if _, err := w.Write(*b); err != nil {
-			l.failed.Add(1)
-		}
-		*b = (*b)[:0]
-		l.buffers.Put(b)
-	}
-	for {
-		select {
-		case b := <-l.lines:
-			write(b)
-		case <-ctx.Done():
-			for {
-				select {
-				case b := <-l.lines:
-					write(b)
-				default:
-					return ctx.Err()
-				}
+	out := writer{log: l, to: w}
+	timer := time.NewTimer(FlushInterval)
+	defer timer.Stop()
+	for more := false; ; {
+		if !more {
+			timer.Stop()
+			select {
+			case <-l.first:
+			case <-ctx.Done():
 			}
+		}
+		timer.Reset(FlushInterval)
+		select {
+		case <-timer.C:
+			more = out.flush(true)
+		case <-l.full:
+			more = out.flush(false) // the current chunk may fill as well
+		case <-ctx.Done():
+			out.flush(true)
+			return ctx.Err()
 		}
 	}
 }
 
-func (l *Log) enqueue(b *[]byte) {
-	select {
-	case l.lines <- b:
+// take moves what waits into batch: full chunks, and the current one if all is
+// wanted.
+func (l *Log) take(batch [][]byte, all bool) [][]byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	batch = append(batch, l.chunks...)
+	clear(l.chunks)
+	l.chunks = l.chunks[:0]
+	if all && len(l.current) > 0 {
+		batch = append(batch, l.current)
+		l.current = nil
+	}
+	l.waiting = len(l.current)
+	select { // what it said is done
+	case <-l.full:
 	default:
+	}
+	return batch
+}
+
+// giveBack takes chunks that were written, as many as may be needed soon: what a
+// burst took is let go. It reports whether lines wait.
+func (l *Log) giveBack(batch [][]byte) (more bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range batch {
+		if cap(c) == chunkSize {
+			l.free = append(l.free, c[:0])
+		}
+	}
+	if keep := 1 + l.waiting/chunkSize; len(l.free) > keep {
+		clear(l.free[keep:])
+		l.free = l.free[:keep]
+	}
+	return l.waiting > 0
+}
+
+// writer passes lines on. A writer that took only part of a line leaves a torn
+// one; the next begins on a line of its own.
+type writer struct {
+	log   *Log
+	to    io.Writer
+	batch [][]byte
+	torn  bool
+}
+
+// flush writes what waits, and reports whether more does by now.
+func (w *writer) flush(all bool) (more bool) {
+	w.batch = w.log.take(w.batch[:0], all)
+	for _, c := range w.batch {
+		w.write(c)
+	}
+	more = w.log.giveBack(w.batch)
+	clear(w.batch)
+	return more
+}
+
+func (w *writer) write(b []byte) {
+	if w.torn {
+		if _, err := w.to.Write([]byte{'\n'}); err == nil {
+			w.torn = false
+		}
+	}
+	if n, err := w.to.Write(b); err != nil {
+		n = min(max(n, 0), len(b))
+		w.log.failed.Add(uint64(bytes.Count(b[n:], []byte{'\n'})))
+		w.torn = w.torn || n > 0 && b[n-1] != '\n'
+	}
+}
+
+// add puts a line, which may be in two parts, to what waits.
+func (l *Log) add(a, b []byte) {
+	n := len(a) + len(b)
+	l.mu.Lock()
+	if l.waiting+n > MaxPending {
+		l.mu.Unlock()
 		l.dropped.Add(1)
-		*b = (*b)[:0]
-		l.buffers.Put(b)
+		return
+	}
+	first, full := l.waiting == 0, false
+	if len(l.current)+n > cap(l.current) {
+		if len(l.current) > 0 {
+			full = len(l.chunks) == 0
+			l.chunks = append(l.chunks, l.current)
+		}
+		if last := len(l.free) - 1; last >= 0 && n <= chunkSize {
+			l.current, l.free[last] = l.free[last], nil
+			l.free = l.free[:last]
+		} else {
+			l.current = make([]byte, 0, max(n, chunkSize))
+		}
+	}
+	l.current = append(append(l.current, a...), b...)
+	l.waiting += n
+	l.mu.Unlock()
+	if first {
+		signal(l.first)
+	}
+	if full {
+		signal(l.full)
+	}
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default: // it is known already
 	}
 }
 
 // Write logs a request.
 func (l *Log) Write(e *Entry) {
-	bp, ok := l.buffers.Get().(*[]byte)
+	v, ok := l.lines.Get().(*line)
 	if !ok {
-		return
+		panic("accesslog: the pool holds something else")
 	}
-	b := append(*bp, `{"@timestamp":"`...)
-	b = e.Start.UTC().AppendFormat(b, "2006-01-02T15:04:05.000000Z")
-	b = append(b, '"')
-	level := "info"
-	if e.Status >= 500 || e.Flags != 0 {
-		level = "warn"
-	}
-	b = appendField(b, record.LogLevel, level)
-	b = append(b, `,"message":"`...)
-	b = appendMessage(b, e)
-	b = append(b, '"')
-	b = appendField(b, record.EventDataset, record.DatasetAccess)
-	b = append(b, l.node...)
-	b = appendField(b, "outrigger.direction", e.Direction)
-	b = appendField(b, "network.protocol", e.Protocol)
-	if len(e.Method) > 0 {
-		b = appendBytes(b, "http.request.method", e.Method)
-		b = append(appendEscaped(append(b, `,"url.path":"`...), e.Path[:min(len(e.Path), maxPath)]), '"')
-		b = appendBytes(b, "url.domain", e.Host)
-	}
-	if len(e.UserAgent) > 0 {
-		b = appendBytes(b, "user_agent.original", e.UserAgent)
-	}
-	if len(e.RequestID) > 0 {
-		b = appendBytes(b, "http.request.id", e.RequestID)
-	}
-	if e.Protocol != "tcp" {
-		b = appendInt(b, "http.response.status_code", int64(e.Status))
-	}
-	if e.Protocol == "grpc" && e.GRPCStatus >= 0 {
-		b = appendInt(b, "rpc.grpc.status_code", int64(e.GRPCStatus))
-	}
-	b = appendField(b, "outrigger.response_flags", e.Flags.String())
-	b = appendInt(b, "event.duration", int64(e.Duration))
-	b = appendInt(b, "http.request.body.bytes", e.BytesIn)
-	b = appendInt(b, "http.response.body.bytes", e.BytesOut)
-	b = appendField(b, "outrigger.destination", e.Destination)
-	b = appendNonEmpty(b, "outrigger.route", e.Route)
-	b = appendNonEmpty(b, "destination.address", e.Upstream)
-	b = appendNonEmpty(b, "source.address", e.Source)
-	b = appendNonEmpty(b, "outrigger.security", e.Security)
-	b = appendNonEmpty(b, "outrigger.peer.identity", e.PeerIdentity)
-	b = appendNonEmpty(b, "tls.client.server_name", e.TLSServerName)
-	b = appendInt(b, "outrigger.attempts", int64(e.Attempts))
-	if len(e.TraceID) > 0 {
-		b = appendBytes(b, record.TraceID, e.TraceID)
-		b = appendBytes(b, record.SpanID, e.SpanID)
-	}
-	if len(e.ParentID) > 0 {
-		b = appendBytes(b, "parent.id", e.ParentID)
-	}
-	b = appendNonEmpty(b, "outrigger.breaker.policy", e.Breaker)
-	b = appendNonEmpty(b, "error.message", e.Detail)
-	b = appendNonEmpty(b, "outrigger.config_version", e.Config)
-	b = append(b, "}\n"...)
-	*bp = b
-	l.enqueue(bp)
+	v.request(e, l.same)
+	l.add(v.b, nil)
+	l.lines.Put(v)
 }
 
-// WriteRaw logs a line that is JSON already; fields must begin with '{' and end
+// WriteRaw logs a line that is JSON already; object must begin with '{' and end
 // with '}'. What names the node is added.
 func (l *Log) WriteRaw(object []byte) {
-	bp, ok := l.buffers.Get().(*[]byte)
-	if !ok || len(object) < 2 {
+	if len(object) < 2 {
 		return
 	}
-	b := append(*bp, object[:len(object)-1]...)
-	b = append(b, l.node...)
-	*bp = append(b, "}\n"...)
-	l.enqueue(bp)
-}
-
-// appendMessage writes what a person reads first: GET /pay -> 503 UO 1.2ms.
-func appendMessage(b []byte, e *Entry) []byte {
-	if len(e.Method) > 0 {
-		b = appendEscaped(b, e.Method)
-		b = append(b, ' ')
-		b = appendEscaped(b, e.Path[:min(len(e.Path), 128)])
-	} else {
-		b = append(b, e.Protocol...)
-	}
-	b = append(b, " -> "...)
-	if e.Protocol != "tcp" {
-		b = strconv.AppendInt(b, int64(e.Status), 10)
-	}
-	if e.Flags != 0 {
-		b = append(append(b, ' '), e.Flags.String()...)
-	}
-	b = append(b, ' ')
-	b = strconv.AppendFloat(b, float64(e.Duration)/1e6, 'f', 1, 64)
-	return append(b, "ms"...)
-}
-
-func appendField(b []byte, name, value string) []byte {
-	b = append(append(append(b, `,"`...), name...), `":"`...)
-	for i := range len(value) {
-		b = appendByte(b, value[i])
-	}
-	return append(b, '"')
-}
-
-func appendNonEmpty(b []byte, name, value string) []byte {
-	if value == "" {
-		return b
-	}
-	return appendField(b, name, value)
-}
-
-func appendBytes(b []byte, name string, value []byte) []byte {
-	b = append(append(append(b, `,"`...), name...), `":"`...)
-	return append(appendEscaped(b, value[:min(len(value), maxText)]), '"')
-}
-
-func appendInt(b []byte, name string, v int64) []byte {
-	b = append(append(append(b, `,"`...), name...), `":`...)
-	return strconv.AppendInt(b, v, 10)
-}
-
-// appendEscaped writes bytes from a stranger as the inside of a JSON string
-// (RFC 8259, 7). What is not UTF-8 becomes U+FFFD.
-func appendEscaped(b, v []byte) []byte {
-	for len(v) > 0 {
-		if v[0] < utf8.RuneSelf {
-			b = appendByte(b, v[0])
-			v = v[1:]
-			continue
-		}
-		r, n := utf8.DecodeRune(v)
-		b = utf8.AppendRune(b, r)
-		v = v[n:]
-	}
-	return b
-}
-
-func appendByte(b []byte, c byte) []byte {
-	const hex = "0123456789abcdef"
-	switch {
-	case c == '"' || c == '\\':
-		return append(b, '\\', c)
-	case c < 0x20 || c == 0x7f:
-		return append(b, '\\', 'u', '0', '0', hex[c>>4], hex[c&15])
-	}
-	return append(b, c)
+	l.add(object[:len(object)-1], l.end)
 }

@@ -1,5 +1,7 @@
 package accesslog
 
+import "math/bits"
+
 // Flags say how a request ended, in the letters of Envoy's %RESPONSE_FLAGS%.
 type Flags uint32
 
@@ -28,21 +30,26 @@ func (f Flags) String() string {
 	if f == 0 {
 		return "-"
 	}
-	if f&(f-1) == 0 { // the usual case, without an allocation
-		for i, l := range letters {
-			if f == 1<<i {
-				return l
-			}
-		}
+	if f&(f-1) == 0 && int(f) < 1<<len(letters) { // the usual case, without an allocation
+		return letters[bits.TrailingZeros32(uint32(f))]
 	}
-	s := ""
+	return string(f.appendTo(nil))
+}
+
+func (f Flags) appendTo(b []byte) []byte {
+	if f == 0 {
+		return append(b, '-')
+	}
+	first := true
 	for i, l := range letters {
-		if f&(1<<i) != 0 {
-			if s != "" {
-				s += ","
-			}
-			s += l
+		if f&(1<<i) == 0 {
+			continue
 		}
+		if !first {
+			b = append(b, ',')
+		}
+		first = false
+		b = append(b, l...)
 	}
-	return s
+	return b
 }

@@ -193,13 +193,13 @@ func (m *Monitor) Register(r prometheus.Registerer) {
 	gauge := func(name, help string, f func() float64) {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 	}
-	count := func(name, help, what string, v *atomic.Uint64) {
-		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: prometheus.Labels{"what": what}}, func() float64 { return float64(v.Load()) }))
-	}
 	gauge("outrigger_overload_state", "0 ok, 1 shedding new requests, 2 refusing new connections as well.", func() float64 { return float64(m.State()) })
 	gauge("outrigger_memory_limit_bytes", "Memory that the sidecar may have; 0: no limit is known.", func() float64 { return float64(m.limit) })
 	gauge("outrigger_memory_used_bytes", "Memory that the sidecar has, as it counts against the limit.", func() float64 { return float64(m.memory.Load()) })
-	const help = "Requests answered with 503 and flag OM, and connections closed unserved, because memory or goroutines were short."
-	count("outrigger_overload_shed_total", help, "request", &m.shed)
-	count("outrigger_overload_shed_total", help, "connection", &m.refused)
+	for what, v := range map[string]*atomic.Uint64{"request": &m.shed, "connection": &m.refused} {
+		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "outrigger_overload_shed_total", Help: "Requests answered with 503 and flag OM, and connections closed unserved, because memory or goroutines were short.",
+			ConstLabels: prometheus.Labels{"what": what},
+		}, func() float64 { return float64(v.Load()) }))
+	}
 }

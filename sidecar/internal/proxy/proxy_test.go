@@ -121,14 +121,16 @@ func (m *mesh) Write(b []byte) (int, error) {
 	if m.quiet {
 		return len(b), nil
 	}
-	var line map[string]any
-	if err := json.Unmarshal(b, &line); err != nil {
-		m.t.Errorf("access log is not JSON: %s", b)
+	for one := range bytes.Lines(b) {
+		var line map[string]any
+		if err := json.Unmarshal(one, &line); err != nil {
+			m.t.Errorf("access log is not JSON: %s", one)
+		}
+		m.mu.Lock()
+		m.lines = append(m.lines, line)
+		m.mu.Unlock()
+		m.logs <- struct{}{}
 	}
-	m.mu.Lock()
-	m.lines = append(m.lines, line)
-	m.mu.Unlock()
-	m.logs <- struct{}{}
 	return len(b), nil
 }
 

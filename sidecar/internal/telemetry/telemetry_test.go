@@ -39,6 +39,16 @@ func TestTraceparent(t *testing.T) {
 	}
 }
 
+// Sampled is the lowest bit of the flags; the others are not ours to read.
+func TestSampledIsTheLowestBit(t *testing.T) {
+	for flags, want := range map[string]bool{"00": false, "01": true, "02": false, "03": true, "f0": false, "ff": true} {
+		var c TraceContext
+		if c.Begin([]byte("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-"+flags), true); !c.Joined || c.Sampled != want {
+			t.Errorf("flags %s: joined %t, sampled %t; want %t", flags, c.Joined, c.Sampled, want)
+		}
+	}
+}
+
 func FuzzTraceparent(f *testing.F) {
 	f.Add([]byte("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"))
 	f.Fuzz(func(t *testing.T, h []byte) {
@@ -72,5 +82,17 @@ func TestSpanHasTheIDsOfTheHeader(t *testing.T) {
 	}
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func BenchmarkTraceContext(b *testing.B) {
+	for name, header := range map[string][]byte{"new": nil, "joined": []byte("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				var c TraceContext
+				c.Begin(header, false)
+			}
+		})
 	}
 }

@@ -1,9 +1,6 @@
 package telemetry
 
-import (
-	"encoding/hex"
-	"math/rand/v2"
-)
+import "math/rand/v2"
 
 // TraceContext is a W3C trace context (Trace Context, section 3.2) as text, so
 // that it can be written into headers and logs without conversion.
@@ -20,16 +17,12 @@ type TraceContext struct {
 func (t *TraceContext) Begin(traceparent []byte, sample bool) {
 	t.Joined = parseTraceparent(traceparent, t)
 	if !t.Joined {
-		var id [16]byte
-		fill(id[:8])
-		fill(id[8:])
-		hex.Encode(t.TraceID[:], id[:])
+		draw((*[16]byte)(t.TraceID[:16]))
+		draw((*[16]byte)(t.TraceID[16:]))
 		t.ParentID = [16]byte{}
 		t.Sampled = sample
 	}
-	var id [8]byte
-	fill(id[:])
-	hex.Encode(t.SpanID[:], id[:])
+	draw(&t.SpanID)
 }
 
 // AppendTraceparent writes the header for the next hop.
@@ -44,11 +37,13 @@ func (t *TraceContext) AppendTraceparent(b []byte) []byte {
 	return append(b, "-00"...)
 }
 
-// fill draws random bytes that are not all zero: the specification forbids it.
-func fill(b []byte) {
+// draw writes 16 random digits that are not all zero: the specification forbids
+// it.
+func draw(digits *[16]byte) {
 	v := rand.Uint64() | 1
-	for i := range b {
-		b[i] = byte(v >> (8 * i))
+	for i := range digits {
+		digits[i] = "0123456789abcdef"[v&15]
+		v >>= 4
 	}
 }
 
@@ -69,21 +64,27 @@ func parseTraceparent(h []byte, t *TraceContext) bool {
 	}
 	copy(t.TraceID[:], h[3:35])
 	copy(t.ParentID[:], h[36:52])
-	var flags [1]byte
-	if _, err := hex.Decode(flags[:], h[53:55]); err != nil {
-		return false
-	}
-	t.Sampled = flags[0]&1 == 1
+	t.Sampled = value[h[54]]&1 == 1 // sampled is the lowest bit
 	return true
 }
 
-func hexes(b []byte) bool {
-	for _, c := range b {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return false
-		}
+// value of a lower-case hex digit; -1 of every other byte.
+var value = func() (v [256]int8) {
+	for i := range v {
+		v[i] = -1
 	}
-	return true
+	for i, c := range []byte("0123456789abcdef") {
+		v[c] = int8(i)
+	}
+	return v
+}()
+
+func hexes(b []byte) bool {
+	bad := int8(0)
+	for _, c := range b {
+		bad |= value[c]
+	}
+	return bad >= 0
 }
 
 func zeros(b []byte) bool {
