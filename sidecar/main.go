@@ -26,6 +26,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/detect"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/overload"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
@@ -144,7 +145,12 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			return err
 		}
 	}
-	carrier := &proxy.Proxy{Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics}
+	clusters.HTTP2 = proxy.HTTP2("upstream", metrics)
+	conns.Refuse = monitor.Refuse
+	seen := &detect.Memory{}
+	carrier := &proxy.Proxy{
+		Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics, Seen: seen, Overload: monitor,
+	}
 
 	// Everything that can fail has failed before the first goroutine starts.
 	ctx, quit := context.WithCancel(ctx)
