@@ -131,83 +131,14 @@ func appendLength(dst []byte, n int64) []byte {
 type written struct{ host, upgrade, te bool }
 
 func (e *Edit) appendFields(dst []byte, h *Head, framing Framing) ([]byte, written) {
-	var w written
-	for i := range h.Headers {
-		f := &h.Headers[i]
-		k := f.kind
-		if k == unclassified {
-			if !isName(f.Name) {
-				continue
-			}
-			k = classify(f.Name)
-		}
-		switch k {
-		case host:
-			if e.sets(f.Name) {
-				continue
-			}
-			w.host = true
-		case expect:
-			// HTTP/1.0 has no 100 (Continue) to wait for (RFC 9110 section 10.1.1).
-			if f.kind == expect && h.Minor == 0 || e.sets(f.Name) || e.removes(f.Name) {
-				continue
-			}
-		case plain:
-			if f.hop || e.sets(f.Name) || e.removes(f.Name) {
-				continue
-			}
-		case trailer:
-			if framing != Chunked || e.sets(f.Name) || e.removes(f.Name) {
-				continue
-			}
-		case upgrade:
-			if !e.KeepUpgrade || h.flags&sawH2C != 0 {
-				continue
-			}
-			w.upgrade = true
-		case te:
-			if w.te || !acceptsTrailers(f.Value) || e.removes(f.Name) {
-				continue
-			}
-			w.te = true
-			dst = append(dst, f.Name...)
-			dst = append(dst, ": trailers\r\n"...)
-			continue
-		default:
-			continue
-		}
-		dst = append(dst, f.Name...)
+	it := Fields{h: h, e: e, framing: framing}
+	for it.Next() {
+		dst = it.AppendName(dst)
 		dst = append(dst, ": "...)
-		if f.kind == unclassified {
-			dst = appendValue(dst, f.Value)
-		} else {
-			dst = append(dst, f.Value...)
-		}
+		dst = it.AppendValue(dst)
 		dst = append(dst, "\r\n"...)
 	}
-	for _, pairs := range [...][]Pair{e.Set, e.Add} {
-		for i := range pairs {
-			dst = appendPair(dst, &pairs[i], &w)
-		}
-	}
-	return dst, w
-}
-
-func appendPair(dst []byte, p *Pair, w *written) []byte {
-	switch kindOf(p.Name) {
-	case host:
-		if w.host {
-			return dst // two hosts would be no host
-		}
-		w.host = true
-	case plain, expect, trailer:
-	default:
-		return dst
-	}
-	dst = append(dst, p.Name...)
-	dst = append(dst, ": "...)
-	dst = appendValue(dst, p.Value)
-	return append(dst, "\r\n"...)
+	return dst, it.wrote
 }
 
 // kindOf is the kind of a field that is not from a parser; a name that is no
