@@ -12,10 +12,10 @@ FUZZ_SECONDS ?= 20
 DEMO_SECONDS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers clean
+.PHONY: help build demo test check fuzz golden peers bench-sidecar clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 build: ## build the five programs and the demo into bin/
 	@mkdir -p $(BIN)
@@ -45,6 +45,11 @@ golden: ## rewrite the expectations of golden tests; review the diff
 
 peers: ## test the outputs against real servers (Elasticsearch, VictoriaMetrics, fluentd's own library)
 	@tools/peers.sh
+
+bench-sidecar: ## measure the sidecar beside nginx, HAProxy, Envoy and others; BENCH_QUICK=1 takes 2 minutes, not 15
+	@mkdir -p $(CACHE)/bench/bin
+	@go build -o $(CACHE)/bench/bin/bench ./deploy/bench
+	@$(CACHE)/bench/bin/bench
 
 clean: ## remove what was built and installed
 	rm -rf $(BIN) $(CACHE)
