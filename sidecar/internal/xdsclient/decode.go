@@ -17,6 +17,7 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -400,14 +401,38 @@ func decodeCluster(b []byte) (cluster, error) {
 	if out.eds == "" {
 		return out, errors.New("name: it is empty")
 	}
+	var err error
+	if out.HTTP2, err = speaksHTTP2(c.GetTypedExtensionProtocolOptions()); err != nil {
+		return out, err
+	}
 	if err := thresholds(c.GetCircuitBreakers(), &out.Cluster); err != nil {
 		return out, fmt.Errorf("circuit_breakers.%w", err)
 	}
-	var err error
 	if out.Outlier, err = outlierDetection(c.GetOutlierDetection()); err != nil {
 		return out, fmt.Errorf("outlier_detection.%w", err)
 	}
 	return out, breakerMetadata(c.GetMetadata(), &out.Cluster)
+}
+
+// speaksHTTP2 reads which version of HTTP the endpoints are spoken to in.
+func speaksHTTP2(options map[string]*anypb.Any) (bool, error) {
+	const key = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+	a := options[key]
+	if a == nil {
+		return false, nil
+	}
+	var o httpv3.HttpProtocolOptions
+	if err := a.UnmarshalTo(&o); err != nil {
+		return false, fmt.Errorf("typed_extension_protocol_options[%s]: %w", key, err)
+	}
+	switch c := o.GetExplicitHttpConfig().GetProtocolConfig().(type) {
+	case *httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions:
+		return true, nil
+	case *httpv3.HttpProtocolOptions_ExplicitHttpConfig_HttpProtocolOptions, nil:
+		return false, nil
+	default:
+		return false, fmt.Errorf("typed_extension_protocol_options[%s].explicit_http_config: %T is not supported; http_protocol_options and http2_protocol_options are", key, c)
+	}
 }
 
 // Envoy's retry budget where the control plane says none.
