@@ -58,7 +58,7 @@ func (p *path) serve(ctx context.Context, c *listener.Conn, find func() target) 
 	to := find()
 	if p.mutual != nil {
 		var ok bool
-		if who, ok = p.authenticate(c, who, to.protocol); !ok {
+		if who, ok = p.authenticate(ctx, c, who, to.protocol); !ok {
 			return
 		}
 	}
@@ -145,7 +145,7 @@ func (p *path) look(c *listener.Conn, by time.Time) (detect.Result, error) {
 
 // authenticate takes mutual TLS from a proxy of the mesh, and says who it is.
 // Callers in clear pass where that is permitted.
-func (p *path) authenticate(c *listener.Conn, who caller, protocol string) (caller, bool) {
+func (p *path) authenticate(ctx context.Context, c *listener.Conn, who caller, protocol string) (caller, bool) {
 	m := p.mutual
 	patient := m.Strict || protocol == protocolHTTP || protocol == protocolTLS
 	by := time.Now().Add(sniffTimeout)
@@ -173,7 +173,7 @@ func (p *path) authenticate(c *listener.Conn, who caller, protocol string) (call
 		p.refuseConn(c, who, protocol, accesslog.DPE, "plaintext_refused: this workload takes mutual TLS only; call it through a sidecar of the mesh, or make its mtls Permissive")
 		return who, false
 	}
-	t, err := handshake(c, m.Config)
+	t, err := handshake(ctx, c, m.Config)
 	if err == nil {
 		state := t.ConnectionState()
 		who.identity, err = m.Peer(&state)
@@ -191,13 +191,13 @@ func (p *path) authenticate(c *listener.Conn, who caller, protocol string) (call
 }
 
 // handshake goes on over TLS. What has been read of c is the handshake's.
-func handshake(c *listener.Conn, cfg *tls.Config) (*tls.Conn, error) {
+func handshake(ctx context.Context, c *listener.Conn, cfg *tls.Config) (*tls.Conn, error) {
 	t := tls.Server(&replayed{TCPConn: c.TCP(), early: append([]byte(nil), c.Unread()...)}, cfg)
 	c.Release()
 	if err := c.TCP().SetDeadline(time.Now().Add(headTimeout)); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), headTimeout)
+	ctx, cancel := context.WithTimeout(ctx, headTimeout)
 	defer cancel()
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, err

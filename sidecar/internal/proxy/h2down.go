@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"net"
 	"sync"
 	"time"
 
@@ -23,7 +22,7 @@ var h2Downs = sync.Pool{New: func() any { return new(h2Down) }}
 
 // serveHTTP2 serves the streams of one connection until it ends.
 func (p *path) serveHTTP2(ctx context.Context, c *listener.Conn, peer caller) {
-	var nc net.Conn = c.Transport()
+	nc := c.Transport()
 	early := append([]byte(nil), c.Unread()...)
 	c.Release()
 	c.ReadBy(time.Time{}) // deadlines are http2's from here on

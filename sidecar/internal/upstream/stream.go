@@ -97,7 +97,7 @@ func (d *dialing) wait(ctx context.Context, deadline time.Time) error {
 func (e *Endpoint) openShared() (Stream, bool) {
 	for i := 0; i < len(e.shared); i++ {
 		c := e.shared[i]
-		err := error(http2.ErrGone)
+		err := http2.ErrGone
 		var s *http2.Stream
 		if c.holds(e) {
 			s, err = c.Client.Open()
