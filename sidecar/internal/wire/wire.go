@@ -47,8 +47,31 @@ func Give(p *[]byte) { buffers.Put(p) }
 // InterruptWrite ended.
 var ErrInterrupted = errors.New("interrupted")
 
+// instant is a time as nanoseconds after epoch, a third of the size of a
+// time.Time; 0 is none.
+type instant int64
+
+var epoch = time.Now()
+
+func at(t time.Time) instant {
+	if t.IsZero() {
+		return 0
+	}
+	return max(instant(t.Sub(epoch)), past)
+}
+
+func (i instant) time() time.Time {
+	if i == 0 {
+		return time.Time{}
+	}
+	return epoch.Add(time.Duration(i))
+}
+
+// passed reports whether it is a time that has come.
+func (i instant) passed() bool { return i != 0 && time.Since(epoch) >= time.Duration(i) }
+
 // past is a deadline that wakes whoever waits.
-var past = time.Unix(1, 0)
+const past instant = 1
 
 // Conn is a connection and what has been read of it. Make it with New.
 //
@@ -73,8 +96,8 @@ type Conn struct {
 	seenErr error
 	reset   error // seen by look
 
-	readBy, readSet   time.Time // wanted, and set in the system
-	writeBy, writeSet time.Time
+	readBy, readSet   instant // wanted, and set in the system
+	writeBy, writeSet instant
 	interrupted       atomic.Bool
 	writeInterrupted  atomic.Bool
 }
@@ -102,7 +125,7 @@ func (c *Conn) Init(tcp *net.TCPConn, early []byte) (err error) {
 // set meanwhile are taken back.
 func (c *Conn) Secure(t *tls.Conn) {
 	c.nc, c.tls = t, t
-	c.readSet, c.writeSet = time.Time{}, time.Time{}
+	c.readSet, c.writeSet = 0, 0
 	_ = c.tcp.SetDeadline(time.Time{}) // a closed connection says so when it is used
 }
 
@@ -200,12 +223,12 @@ func (c *Conn) expired() error {
 	if c.interrupted.Load() {
 		return ErrInterrupted
 	}
-	if !c.readBy.IsZero() && !time.Now().Before(c.readBy) {
+	if c.readBy.passed() {
 		c.readSet = past
 		return os.ErrDeadlineExceeded
 	}
 	c.readSet = c.readBy
-	if err := c.tcp.SetReadDeadline(c.readBy); err != nil {
+	if err := c.tcp.SetReadDeadline(c.readBy.time()); err != nil {
 		return err
 	}
 	if c.interrupted.Load() { // whose deadline ours may have replaced
@@ -343,28 +366,26 @@ func (c *Conn) giveBack() {
 
 // ReadBy is until when reads may wait; zero is for ever.
 func (c *Conn) ReadBy(t time.Time) {
-	c.readBy = t
-	if nearer(t, c.readSet) {
-		c.readSet = t
+	c.readBy = at(t)
+	if c.readBy.nearer(c.readSet) {
+		c.readSet = c.readBy
 		_ = c.tcp.SetReadDeadline(t) // a closed connection says so when it is read
 	}
 }
 
 // WriteBy is until when writes may wait; zero is for ever.
 func (c *Conn) WriteBy(t time.Time) {
-	c.writeBy = t
+	c.writeBy = at(t)
 	// A TLS connection on which a write timed out is lost, so that it cannot be
 	// told later that there was time.
-	if nearer(t, c.writeSet) || c.tls != nil && !t.Equal(c.writeSet) {
-		c.writeSet = t
+	if c.writeBy.nearer(c.writeSet) || c.tls != nil && c.writeBy != c.writeSet {
+		c.writeSet = c.writeBy
 		_ = c.tcp.SetWriteDeadline(t)
 	}
 }
 
-// nearer reports whether deadline t is before set, where zero is none.
-func nearer(t, set time.Time) bool {
-	return !t.IsZero() && (set.IsZero() || t.Before(set))
-}
+// nearer reports whether a deadline is before the one that is set.
+func (i instant) nearer(set instant) bool { return i != 0 && (set == 0 || i < set) }
 
 // Write sends b, all of it unless there is an error. It implements io.Writer.
 func (c *Conn) Write(b []byte) (n int, err error) {
@@ -389,12 +410,12 @@ func (c *Conn) mayWrite(err error) (bool, error) {
 	if c.writeInterrupted.Load() {
 		return false, ErrInterrupted
 	}
-	if c.tls != nil || !c.writeBy.IsZero() && !time.Now().Before(c.writeBy) {
+	if c.tls != nil || c.writeBy.passed() {
 		c.writeSet = past
 		return false, err
 	}
 	c.writeSet = c.writeBy
-	if err := c.tcp.SetWriteDeadline(c.writeBy); err != nil {
+	if err := c.tcp.SetWriteDeadline(c.writeBy.time()); err != nil {
 		return false, err
 	}
 	if c.writeInterrupted.Load() {
@@ -407,13 +428,13 @@ func (c *Conn) mayWrite(err error) (bool, error) {
 // until Resume. Bytes that have come are still read.
 func (c *Conn) Interrupt() {
 	c.interrupted.Store(true)
-	_ = c.tcp.SetReadDeadline(past)
+	_ = c.tcp.SetReadDeadline(past.time())
 }
 
 // InterruptWrite is Interrupt for writes.
 func (c *Conn) InterruptWrite() {
 	c.writeInterrupted.Store(true)
-	_ = c.tcp.SetWriteDeadline(past)
+	_ = c.tcp.SetWriteDeadline(past.time())
 }
 
 // Resume ends Interrupt and InterruptWrite. Who interrupts must have returned.
