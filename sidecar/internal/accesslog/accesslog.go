@@ -45,6 +45,7 @@ type Entry struct {
 	Destination string // <namespace>/<service>:<port>
 	Route       string
 	Upstream    string // address of the endpoint
+	ServerName  string // that a TLS client asked for
 	Source      string // address of the caller
 	Attempts    int
 	BytesIn     int64 // of the request's body
@@ -163,6 +164,7 @@ func (l *Log) Write(e *Entry) {
 	b = appendNonEmpty(b, "outrigger.route", e.Route)
 	b = appendNonEmpty(b, "destination.address", e.Upstream)
 	b = appendNonEmpty(b, "source.address", e.Source)
+	b = appendNonEmpty(b, "tls.client.server_name", e.ServerName)
 	b = appendInt(b, "outrigger.attempts", int64(e.Attempts))
 	if len(e.TraceID) > 0 {
 		b = appendBytes(b, record.TraceID, e.TraceID)

@@ -10,6 +10,7 @@ const (
 	NC                    // no cluster: no such service
 	NR                    // no route
 	OM                    // overload: shed
+	SI                    // stream idle timeout
 	UC                    // upstream connection terminated
 	UF                    // upstream connection failure
 	UH                    // no healthy upstream
@@ -19,7 +20,7 @@ const (
 	UT                    // upstream request timeout
 )
 
-var letters = [...]string{"DC", "DPE", "NC", "NR", "OM", "UC", "UF", "UH", "UO", "UPE", "URX", "UT"}
+var letters = [...]string{"DC", "DPE", "NC", "NR", "OM", "SI", "UC", "UF", "UH", "UO", "UPE", "URX", "UT"}
 
 // String joins the letters with commas, as Envoy does; "-" where there are none.
 func (f Flags) String() string {
