@@ -366,7 +366,7 @@ func readBytes(t *testing.T) int64 {
 func TestBytesAreNotCopied(t *testing.T) {
 	const size = 32 << 20
 	before := readBytes(t)
-	e := between(t, &tunnelling{idle: 40 * time.Millisecond, first: func(bool) {}})
+	e := between(t, &tunnelling{idle: time.Second, first: func(bool) {}})
 	go func() {
 		b := make([]byte, 64<<10)
 		for range size / len(b) {
