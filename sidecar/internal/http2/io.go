@@ -220,10 +220,13 @@ func (c *conn) settle(now time.Time, head bool, err error) error {
 	return err
 }
 
+// mayFlush reports whether there is something to send and nobody at it.
+func (c *conn) mayFlush() bool { return !c.writing && c.queued() > 0 && c.werr == nil }
+
 // flush sends what is queued, unless somebody else is at it. Called with mu
 // held, which it gives up meanwhile.
 func (c *conn) flush() {
-	if c.writing || c.queued() == 0 || c.werr != nil {
+	if !c.mayFlush() {
 		return
 	}
 	c.writing = true
@@ -238,7 +241,7 @@ func (c *conn) flush() {
 
 // trySend is flush for the goroutine that reads, which may not wait.
 func (c *conn) trySend() {
-	for !c.writing && c.queued() > 0 && c.werr == nil {
+	for c.mayFlush() {
 		c.writing = true
 		var rest *outBuffer
 		if c.rd.raw != nil {
@@ -383,7 +386,7 @@ func (c *conn) shutdown(err error) error {
 		for c.writing {
 			c.written.Wait()
 		}
-		if c.queued() > 0 && c.werr == nil {
+		if c.mayFlush() {
 			c.writing = true
 			c.send(nil, true)
 		}
@@ -475,7 +478,7 @@ func (c *conn) check(now time.Time) time.Duration {
 			c.put(appendPing(c.buf(), false, []byte(alivePing)))
 		}
 	}
-	if c.queued() > 0 && !c.writing && c.werr == nil {
+	if c.mayFlush() {
 		// Nobody waits for this; whoever queued it has not flushed it yet.
 		c.writing = true
 		c.wg.Go(func() {
