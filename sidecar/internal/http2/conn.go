@@ -80,7 +80,8 @@ type conn struct {
 	lastWrite uint64
 	stuck     time.Time
 
-	workers []*worker
+	workers []*worker // that wait; the last to come is the first to go
+	fewest  int       // of them since the last tick
 	handle  func(*Stream)
 	wg      sync.WaitGroup
 }

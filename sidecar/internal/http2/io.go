@@ -19,8 +19,8 @@ const (
 	maxRounds = 4
 	// maxIdleWorkers bounds the goroutines that wait for the next stream, and
 	// maxFree the streams that wait for use.
-	maxIdleWorkers = 32
-	maxFree        = 64
+	maxIdleWorkers = 128
+	maxFree        = 128
 	// linger is how long an ending connection waits for its peer to end it too:
 	// closing with bytes unread would reset it and what was sent may be lost.
 	linger      = 500 * time.Millisecond
@@ -421,7 +421,7 @@ func (c *conn) trim() {
 	for _, w := range c.workers {
 		close(w.ch)
 	}
-	c.workers = nil
+	c.workers, c.fewest = nil, 0
 	for _, s := range c.free {
 		if s.timer != nil {
 			s.timer.Stop()
@@ -487,6 +487,12 @@ func (c *conn) check(now time.Time) time.Duration {
 			c.unlock()
 		})
 	}
+	// Workers that nobody needed since the last time go, half of them at once.
+	for range (c.fewest + 1) / 2 {
+		close(c.workers[0].ch)
+		c.workers = c.workers[1:]
+	}
+	c.fewest = len(c.workers)
 	if c.active > 0 || c.writing || !c.headSince.IsZero() || c.goAway != goAwayNone {
 		return c.tickEvery
 	}
