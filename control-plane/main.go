@@ -12,12 +12,15 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
+	"time"
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/authority"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/discovery"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/manifests"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
@@ -33,6 +36,12 @@ type settings struct {
 	program.Flags
 	config, xdsAddress, adminAddress, trustDomain string
 	dryRun                                        bool
+
+	authorityDir           string
+	xdsTLSAddress, tlsName string
+	certificateTTL         time.Duration
+	joinToken              string
+	joinTokenTTL           time.Duration
 }
 
 func parse(args []string, stdout, stderr io.Writer) (settings, error) {
@@ -44,9 +53,24 @@ func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	f.StringVar(&s.adminAddress, "admin-address", "127.0.0.1:15014", "loopback address of /ready, /metrics and /debug")
 	f.StringVar(&s.trustDomain, "trust-domain", identity.DefaultTrustDomain, "SPIFFE trust domain of the workloads")
 	f.BoolVar(&s.dryRun, "dry-run", false, "print problems, parity and the xDS that would be served as JSON, and end; exit code 1 if there are problems")
+	f.StringVar(&s.authorityDir, "authority-dir", "", "folder of the certificate authority (ca.key, ca.crt, root.crt, token.key); made with a new root where it does not exist. Empty: no authority")
+	f.StringVar(&s.xdsTLSAddress, "xds-tls-address", "", "address to serve xDS and certificates on over TLS, usually port 15012; needs --authority-dir. Empty: not served")
+	f.StringVar(&s.tlsName, "xds-tls-names", "localhost,127.0.0.1,::1", "comma list of DNS names and IP addresses in the certificate of --xds-tls-address")
+	f.DurationVar(&s.certificateTTL, "certificate-ttl", authority.DefaultTTL, "how long a workload's certificate is valid, 1m to 24h; it is renewed at half of that")
+	f.StringVar(&s.joinToken, "join-token", "", "print a token with which the workload <namespace>/<service account> gets its first certificate, and end; needs --authority-dir")
+	f.DurationVar(&s.joinTokenTTL, "join-token-ttl", authority.DefaultTokenTTL, "how long the token of --join-token is valid, at most 720h")
 	s.Register(f)
 	if err := s.Parse(f, args, stdout); err != nil {
 		return s, err
+	}
+	if s.authorityDir == "" && s.joinToken != "" {
+		return s, errors.New("--join-token needs --authority-dir: the folder whose key signs the token")
+	}
+	if s.authorityDir == "" && s.xdsTLSAddress != "" {
+		return s, errors.New("--xds-tls-address needs --authority-dir: the folder of the authority that signs certificates, for example --authority-dir ./authority")
+	}
+	if s.joinToken != "" {
+		return s, nil
 	}
 	if s.config == "" {
 		return s, errors.New("--config is missing: give the folder with the Kubernetes objects, for example --config ./mesh")
@@ -62,6 +86,9 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	log := s.Log("control-plane", stderr)
+	if s.joinToken != "" {
+		return printToken(s, log, stdout)
+	}
 	source := manifests.New(s.config, log)
 	if err := source.Check(); err != nil {
 		return fmt.Errorf("--config %s: %w; give an existing folder", s.config, err)
@@ -76,6 +103,13 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		Source: source, Publisher: server, TrustDomain: s.trustDomain, Log: log, Registry: registry,
 	})
 
+	var issuer *authority.Authority
+	if s.authorityDir != "" {
+		if issuer, err = s.authority(log, registry); err != nil {
+			return err
+		}
+	}
+
 	xdsListener, err := program.ListenLoopback(ctx, "--xds-address", s.xdsAddress)
 	if err != nil {
 		return err
@@ -84,8 +118,20 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if err != nil {
 		return errors.Join(err, xdsListener.Close())
 	}
+	var secure []discovery.Secure
+	secureAddress := ""
+	if s.xdsTLSAddress != "" {
+		l, err := program.Listen(ctx, "--xds-tls-address", s.xdsTLSAddress)
+		if err != nil {
+			return errors.Join(err, xdsListener.Close(), adminListener.Close())
+		}
+		secureAddress = l.Addr().String()
+		secure = append(secure, discovery.Secure{
+			Listener: l, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
+		})
+	}
 	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config,
-		"outrigger.xds_address", xdsListener.Addr().String(), "outrigger.admin_address", adminListener.Addr().String())
+		"outrigger.xds_address", xdsListener.Addr().String(), "outrigger.xds_tls_address", secureAddress, "outrigger.admin_address", adminListener.Addr().String())
 
 	var group run.Group
 	add := func(execute func(context.Context) error) {
@@ -100,11 +146,46 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	add(func(ctx context.Context) error {
 		return program.Serve(ctx, adminListener, admin.Handler(window(log, registry, loop, server)), log)
 	})
-	add(func(ctx context.Context) error { return server.Serve(ctx, xdsListener) })
+	add(func(ctx context.Context) error { return server.Serve(ctx, xdsListener, secure...) })
+	if issuer != nil {
+		add(issuer.Run)
+	}
 	add(loop.Run)
 	err = group.Run()
 	log.Info("control plane stopped")
 	return err
+}
+
+// authority opens the one that the flags describe.
+func (s settings) authority(log *slog.Logger, registry prometheus.Registerer) (*authority.Authority, error) {
+	var names []string
+	for n := range strings.SplitSeq(s.tlsName, ",") {
+		if n = strings.TrimSpace(n); n != "" {
+			names = append(names, n)
+		}
+	}
+	a, err := authority.Open(authority.Options{
+		Dir: s.authorityDir, TrustDomain: s.trustDomain, TTL: s.certificateTTL, Names: names, Log: log, Registerer: registry,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("--authority-dir, --certificate-ttl: %w", err)
+	}
+	return a, nil
+}
+
+func printToken(s settings, log *slog.Logger, stdout io.Writer) error {
+	a, err := s.authority(log, nil)
+	if err != nil {
+		return err
+	}
+	token, err := a.JoinToken(s.joinToken, s.joinTokenTTL)
+	if err != nil {
+		return fmt.Errorf("--join-token: %w", err)
+	}
+	if _, err := fmt.Fprintln(stdout, token); err != nil {
+		return fmt.Errorf("print the join token: %w", err)
+	}
+	return nil
 }
 
 // window is what the admin endpoint shows.

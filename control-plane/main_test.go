@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"io"
@@ -175,6 +177,61 @@ func TestRunUntilStopped(t *testing.T) {
 	eventually("/debug/problems", "last valid version of the object stays in force")
 	eventually("/debug/mesh", "trips after 5 failures in a row")
 	http.DefaultClient.CloseIdleConnections()
+	stop()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A join token is printed alone, so that it can be written to a file, and the
+// folder is made for it; TLS is served with what the folder holds.
+func TestAuthority(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "authority")
+	var stdout bytes.Buffer
+	if err := execute(t.Context(), []string{"--authority-dir", dir, "--join-token", "shop/payments", "--join-token-ttl", "1h"}, &stdout, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	if lines := strings.Fields(stdout.String()); len(lines) != 1 || !strings.HasPrefix(lines[0], "ojt1.") {
+		t.Errorf("printed %q", stdout.String())
+	}
+	for want, args := range map[string][]string{
+		"--join-token needs --authority-dir":      {"--join-token", "shop/payments"},
+		"--xds-tls-address needs --authority-dir": {"--config", dir, "--xds-tls-address", "127.0.0.1:0"},
+		"is not <namespace>/<service account>":    {"--authority-dir", dir, "--join-token", "payments"},
+		"write 1m0s to 24h0m0s":                   {"--authority-dir", dir, "--join-token", "shop/payments", "--certificate-ttl", "1s"},
+	} {
+		if err := execute(t.Context(), args, io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: %v, want %q", args, err, want)
+		}
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var stderr log
+	done := make(chan error, 1)
+	go func() {
+		done <- execute(ctx, []string{
+			"--config", folder(t, good), "--xds-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0",
+			"--authority-dir", dir, "--xds-tls-address", "127.0.0.1:0",
+		}, io.Discard, &stderr)
+	}()
+	var address string
+	for deadline := time.Now().Add(5 * time.Second); address == "" && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		address = stderr.field("outrigger.xds_tls_address")
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "root.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(b)
+	c, err := tls.Dial("tcp", address, &tls.Config{RootCAs: pool, ServerName: "localhost", NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.ConnectionState().PeerCertificates[0].URIs[0].String(); got != "spiffe://cluster.local/ns/outrigger-system/sa/control-plane" {
+		t.Errorf("it is %s", got)
+	}
+	_ = c.Close()
 	stop()
 	if err := <-done; err != nil {
 		t.Fatal(err)

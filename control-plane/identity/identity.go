@@ -1,11 +1,13 @@
 // Package identity maps a workload's identity to its SPIFFE ID and back.
 //
 // It is a contract between whoever issues identities (the control plane) and
-// whoever checks them (the sidecar). It knows names and their syntax; it knows
-// neither certificates nor tokens.
+// whoever checks them (the sidecar). It knows names, their syntax and where a
+// certificate holds them; it knows neither who may have one nor whether a
+// certificate is to be trusted.
 package identity
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"strings"
@@ -13,6 +15,18 @@ import (
 
 // DefaultTrustDomain is used where no other is configured.
 const DefaultTrustDomain = "cluster.local"
+
+// The workload that the control plane is: what its own certificate says, and
+// what a proxy wants it to say.
+const (
+	SystemNamespace     = "outrigger-system"
+	ControlPlaneAccount = "control-plane"
+)
+
+// ControlPlane is the identity of the control plane of a trust domain.
+func ControlPlane(trustDomain string) Identity {
+	return Identity{TrustDomain: trustDomain, Namespace: SystemNamespace, ServiceAccount: ControlPlaneAccount}
+}
 
 // Identity is what a workload is: a service account in a namespace of a trust
 // domain. The zero value is no identity.
@@ -55,6 +69,22 @@ func Parse(s string) (Identity, error) {
 		}
 	}
 	return id, nil
+}
+
+// OfCertificate returns the identity that a certificate states, which is worth
+// as much as its signature. A certificate of a workload has exactly one URI
+// among its alternative names (X509-SVID section 2) and is no authority; all
+// else is an error that wraps ErrNotWorkload.
+func OfCertificate(c *x509.Certificate) (Identity, error) {
+	switch {
+	case len(c.URIs) == 0:
+		return Identity{}, fmt.Errorf("%w: the certificate has no URI among its alternative names", ErrNotWorkload)
+	case len(c.URIs) > 1:
+		return Identity{}, fmt.Errorf("%w: the certificate has %d URIs among its alternative names, want exactly one", ErrNotWorkload, len(c.URIs))
+	case c.IsCA:
+		return Identity{}, fmt.Errorf("%w: %s is on the certificate of an authority", ErrNotWorkload, c.URIs[0])
+	}
+	return Parse(c.URIs[0].String())
 }
 
 // maxLength is the limit that SPIFFE-ID section 2.3 sets.

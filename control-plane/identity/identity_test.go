@@ -1,7 +1,10 @@
 package identity_test
 
 import (
+	"crypto/x509"
 	"errors"
+	"net/url"
+	"strings"
 	"testing"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
@@ -26,6 +29,32 @@ func TestParseRefuses(t *testing.T) {
 	} {
 		if id, err := identity.Parse(s); !errors.Is(err, identity.ErrNotWorkload) {
 			t.Errorf("Parse(%q) = %+v, %v; want ErrNotWorkload", s, id, err)
+		}
+	}
+}
+
+func TestOfCertificate(t *testing.T) {
+	u := func(s string) *url.URL {
+		u, err := url.Parse(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u
+	}
+	pay, other := u("spiffe://cluster.local/ns/shop/sa/payments"), u("spiffe://cluster.local/ns/shop/sa/cart")
+	got, err := identity.OfCertificate(&x509.Certificate{URIs: []*url.URL{pay}, DNSNames: []string{"payments.shop"}})
+	if err != nil || got.SPIFFE() != pay.String() {
+		t.Errorf("%v, %v", got, err)
+	}
+	for want, c := range map[string]*x509.Certificate{
+		"no URI":       {DNSNames: []string{"payments.shop"}},
+		"2 URIs":       {URIs: []*url.URL{pay, other}},
+		"an authority": {URIs: []*url.URL{pay}, IsCA: true},
+		"begin with":   {URIs: []*url.URL{u("https://cluster.local/ns/shop/sa/payments")}},
+		"a part that":  {URIs: []*url.URL{u("spiffe://me@cluster.local/ns/shop/sa/payments")}},
+	} {
+		if id, err := identity.OfCertificate(c); !errors.Is(err, identity.ErrNotWorkload) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, %v", want, id, err)
 		}
 	}
 }

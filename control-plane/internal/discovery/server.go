@@ -28,6 +28,8 @@
 //     the same, and counted. The others wait for what they need by themselves.
 //   - Only an Envoy may ask with a wildcard; it gets the listeners that its node
 //     metadata asks for and the clusters that those can reach.
+//   - Over TLS a stream needs a client certificate of the trust domain, and the
+//     node may not be of another namespace or service account than that proves.
 package discovery
 
 import (
@@ -48,6 +50,7 @@ import (
 	serverv3 "github.com/envoyproxy/go-control-plane/pkg/server/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
@@ -73,6 +76,11 @@ const (
 	maxStreamsPerConnection = 16
 	// stopTimeout bounds the graceful stop.
 	stopTimeout = 3 * time.Second
+	// What a stranger may take at an address that a network reaches.
+	maxHeader        = 32 << 10
+	handshakeTimeout = 10 * time.Second
+	keepaliveTime    = 30 * time.Second
+	keepaliveTimeout = 10 * time.Second
 )
 
 // Options of a Server.
@@ -191,29 +199,57 @@ func CheckAddress(a net.Addr) error {
 	return fmt.Errorf("%w: %s is not; listen on 127.0.0.1:15010 or [::1]:15010", ErrNotLoopback, a)
 }
 
-// Serve answers on lis, which it closes, until ctx ends, and returns nil once
-// all streams have ended. Streams that do not end within 3 s are cut.
-func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+// Secure is an address at which xDS is served to those who prove who they are.
+type Secure struct {
+	Listener net.Listener
+	// Credentials verify a client's certificate where one is presented; a stream
+	// needs one.
+	Credentials credentials.TransportCredentials
+	// TrustDomain of the mesh, which a client must be of.
+	TrustDomain string
+	// MaxAge of a connection, after which clients connect, and prove themselves,
+	// again.
+	MaxAge time.Duration
+	// Register adds what else is served there.
+	Register func(grpc.ServiceRegistrar)
+}
+
+// Serve answers in clear on lis, which must be a loopback address, and over TLS
+// at the addresses in secure, until ctx ends, and returns nil once all streams
+// have ended. It closes the listeners. Streams that do not end within 3 s are
+// cut.
+func (s *Server) Serve(ctx context.Context, lis net.Listener, secure ...Secure) error {
 	if err := CheckAddress(lis.Addr()); err != nil {
+		for _, sec := range secure {
+			err = errors.Join(err, sec.Listener.Close())
+		}
 		return errors.Join(err, lis.Close())
 	}
 	streams, endStreams := context.WithCancel(context.WithoutCancel(ctx))
 	defer endStreams()
-	g := grpc.NewServer(
-		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
-		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-	)
 	logger := libraryLogger(streams, s.log)
 	withLogger := func(o *config.Opts) { o.Logger = logger }
 	// An empty request means "everything" only for listeners and clusters.
 	noWildcard := config.DeactivateLegacyWildcardForTypes([]string{xds.RouteType, xds.EndpointType})
-	discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, serverv3.NewServerAdvanced(
+	// One for all addresses, so that the numbers of streams are theirs alone.
+	ads := serverv3.NewServerAdvanced(
 		restv3.NewServer(s.cache, s.tracker),
 		sotwv3.NewServer(streams, s.cache, s.tracker, withLogger, noWildcard, sotwv3.WithOrderedADS()),
 		deltav3.NewServer(streams, s.cache, s.tracker, withLogger, noWildcard),
-	))
+	)
+	plain := grpc.NewServer(serverOptions()...)
+	discoveryv3.RegisterAggregatedDiscoveryServiceServer(plain, ads)
+	servers, listeners := []*grpc.Server{plain}, []net.Listener{lis}
+	for _, sec := range secure {
+		g := grpc.NewServer(append(serverOptions(), grpc.Creds(sec.Credentials), grpc.StreamInterceptor(s.guard(sec.TrustDomain)), //nolint:contextcheck // a stream brings its own
+			grpc.MaxHeaderListSize(maxHeader), grpc.ConnectionTimeout(handshakeTimeout),
+			grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, MaxConnectionAge: sec.MaxAge, MaxConnectionAgeGrace: keepaliveTimeout}))...)
+		discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, ads)
+		if sec.Register != nil {
+			sec.Register(g)
+		}
+		servers, listeners = append(servers, g), append(listeners, sec.Listener)
+	}
 
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -224,19 +260,42 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		select {
 		case <-ctx.Done():
 		case <-stopped:
-			return
 		}
 		endStreams()
-		cut := time.AfterFunc(stopTimeout, g.Stop)
-		g.GracefulStop()
-		cut.Stop()
+		var ends sync.WaitGroup
+		for _, g := range servers {
+			ends.Go(func() {
+				cut := time.AfterFunc(stopTimeout, g.Stop)
+				g.GracefulStop()
+				cut.Stop()
+			})
+		}
+		ends.Wait()
 	})
-	err := g.Serve(lis)
+	ended := make(chan error, len(servers))
+	for i, g := range servers {
+		wg.Go(func() {
+			if err := g.Serve(listeners[i]); err != nil {
+				ended <- fmt.Errorf("serve xDS on %s: %w", listeners[i].Addr(), err)
+				return
+			}
+			ended <- nil
+		})
+	}
+	err := <-ended // the first to end ends all
 	if ctx.Err() != nil {
 		return nil
 	}
-	endStreams()
-	return fmt.Errorf("serve xDS on %s: %w", lis.Addr(), err)
+	return err
+}
+
+func serverOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	}
 }
 
 // sweep removes what is past its grace period, and pushes what was held back

@@ -19,6 +19,7 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
 )
 
@@ -77,6 +78,7 @@ type streamKey struct {
 }
 
 type stream struct {
+	peer      *identity.Identity // what the client has proved; nil in clear
 	node      string
 	dp        xds.DataPlane
 	viewKey   string
@@ -119,14 +121,14 @@ type tracker struct {
 
 var _ serverv3.Callbacks = (*tracker)(nil)
 
-func (t *tracker) open(k streamKey) error {
+func (t *tracker) open(ctx context.Context, k streamKey) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.streams) >= t.limits.Streams {
 		t.metrics.refused.WithLabelValues("streams").Inc()
 		return grpcstatus.Errorf(codes.ResourceExhausted, "%d data planes are connected, the most that one control plane takes; run more replicas", t.limits.Streams)
 	}
-	t.streams[k] = &stream{connected: t.now(), types: map[string]*typeState{}}
+	t.streams[k] = &stream{peer: peerOf(ctx), connected: t.now(), types: map[string]*typeState{}}
 	return nil
 }
 
@@ -157,6 +159,11 @@ func (t *tracker) introduce(s *stream, node *corev3.Node) error {
 	if node.GetId() == "" {
 		t.metrics.refused.WithLabelValues("node").Inc()
 		return grpcstatus.Error(codes.InvalidArgument, "the first request has no node.id: set it in the data plane's bootstrap, as <instance>.<namespace>")
+	}
+	if err := s.mayBe(node); err != nil {
+		t.metrics.refused.WithLabelValues("identity").Inc()
+		t.log.Warn("a data plane was refused", "xds.node", node.GetId(), "outrigger.identity", s.peer.SPIFFE(), "error.message", err.Error())
+		return err
 	}
 	s.dp = xds.DataPlaneOf(node.GetUserAgentName())
 	if s.dp == xds.Envoy {
@@ -287,16 +294,16 @@ func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
 }
 
 // OnStreamOpen implements the library's callbacks.
-func (t *tracker) OnStreamOpen(_ context.Context, id int64, _ string) error {
-	return t.open(streamKey{false, id})
+func (t *tracker) OnStreamOpen(ctx context.Context, id int64, _ string) error {
+	return t.open(ctx, streamKey{false, id})
 }
 
 // OnStreamClosed implements the library's callbacks.
 func (t *tracker) OnStreamClosed(id int64, _ *corev3.Node) { t.closed(streamKey{false, id}) }
 
 // OnDeltaStreamOpen implements the library's callbacks.
-func (t *tracker) OnDeltaStreamOpen(_ context.Context, id int64, _ string) error {
-	return t.open(streamKey{true, id})
+func (t *tracker) OnDeltaStreamOpen(ctx context.Context, id int64, _ string) error {
+	return t.open(ctx, streamKey{true, id})
 }
 
 // OnDeltaStreamClosed implements the library's callbacks.

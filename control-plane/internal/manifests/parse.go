@@ -76,6 +76,7 @@ func kinds() []kind {
 		{"Service", "v1", newOf(func(o *translate.Objects) *[]*corev1.Service { return &o.Services })},
 		{"EndpointSlice", "discovery.k8s.io/v1", newOf(func(o *translate.Objects) *[]*discoveryv1.EndpointSlice { return &o.EndpointSlices })},
 		{"HTTPRoute", "gateway.networking.k8s.io/v1", newOf(func(o *translate.Objects) *[]*gatewayv1.HTTPRoute { return &o.HTTPRoutes })},
+		{"TLSRoute", "gateway.networking.k8s.io/v1", newOf(func(o *translate.Objects) *[]*gatewayv1.TLSRoute { return &o.TLSRoutes })},
 		{"Workload", v1alpha1.APIVersion, newOf(func(o *translate.Objects) *[]*v1alpha1.Workload { return &o.Workloads })},
 		{"CircuitBreaker", v1alpha1.APIVersion, newOf(func(o *translate.Objects) *[]*v1alpha1.CircuitBreaker { return &o.CircuitBreakers })},
 		{"RetryPolicy", v1alpha1.APIVersion, newOf(func(o *translate.Objects) *[]*v1alpha1.RetryPolicy { return &o.RetryPolicies })},

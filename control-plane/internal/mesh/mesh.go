@@ -34,18 +34,24 @@ type Service struct {
 // Protocol is what a port speaks.
 type Protocol string
 
-// The protocols of a port. Unknown is sniffed by the sidecar; a control plane
-// that must choose treats it as TCP.
+// The protocols of a port. Unknown is found out for each connection: HTTP where
+// it begins so, else TCP. TLS is the application's own and stays closed: it is led
+// by the server name that the client asks for.
 const (
 	HTTP1   Protocol = "http"
 	HTTP2   Protocol = "http2"
 	GRPC    Protocol = "grpc"
 	TCP     Protocol = "tcp"
+	TLS     Protocol = "tls"
 	Unknown Protocol = "unknown"
 )
 
 // IsHTTP reports whether requests on the port are routed one by one.
 func (p Protocol) IsHTTP() bool { return p == HTTP1 || p == HTTP2 || p == GRPC }
+
+// MayBeHTTP reports whether there may be requests on the port, which are then
+// routed one by one.
+func (p Protocol) MayBeHTTP() bool { return p.IsHTTP() || p == Unknown }
 
 // Port is one port of a Service: the unit that is routed to, balanced over and
 // protected by policies. Its name on the wire is Key.
@@ -56,11 +62,18 @@ type Port struct {
 	// Endpoints by address. Empty means that every call is answered 503 UH.
 	Endpoints []Endpoint
 	// Routes in order of precedence (Gateway API, HTTPRouteRule.matches). Where
-	// no HTTPRoute is attached to an HTTP port there is one, the implicit route
-	// named "default" to the port itself. Where some are attached there is no
+	// no HTTPRoute is attached to a port that may be HTTP there is one, the implicit
+	// route named "default" to the port itself. Where some are attached there is no
 	// default: a request that none matches is answered 404, and so is every
 	// request when no attached rule has a valid match. Other ports have none.
 	Routes []Route
+	// ServerNames of a TLS port in order of precedence: exact names, then wildcards,
+	// the longest first. No two are equal.
+	ServerNames []ServerName
+	// OnlyServerNames: some TLSRoute is attached, so that a connection whose server
+	// name is not among ServerNames is refused. It goes to the port itself
+	// otherwise.
+	OnlyServerNames bool
 	// Breaker is nil where no CircuitBreaker names the port.
 	Breaker *CircuitBreaker
 	// Budget bounds retries to this port.
@@ -104,6 +117,18 @@ type Match struct {
 	Method  string
 	Headers []HeaderMatch
 	Query   []QueryMatch
+}
+
+// ServerName sends the TLS connections for a name (RFC 6066, 3) to Backends,
+// undecrypted.
+type ServerName struct {
+	// Name in lower case; "*." at its beginning stands for one or more labels.
+	Name string
+	// Route is <namespace>/<TLSRoute>.
+	Route string
+	// Backends with weights. None, or a sum of zero: connections are refused, and so
+	// is the share of a backend that is Missing.
+	Backends []Backend
 }
 
 // MatchKind is how a value is compared.

@@ -35,6 +35,15 @@ func dump(m *mesh.Mesh) string {
 				}
 				line(3, "%s", retry(r.Retry))
 			}
+			for _, n := range p.ServerNames {
+				line(2, "server name %s of %s", n.Name, n.Route)
+				for _, b := range n.Backends {
+					line(3, "to %s weight %d%s", mesh.Key(b.Namespace, b.Service, b.Port), b.Weight, when(b.Missing, " missing"))
+				}
+			}
+			if p.OnlyServerNames {
+				line(2, "no other server name")
+			}
 			if b := p.Breaker; b != nil {
 				line(2, "breaker %s%s", b.Policy, when(b.Observe, " observe"))
 				if t := b.Trip; t != nil {

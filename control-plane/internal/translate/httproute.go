@@ -15,10 +15,8 @@ import (
 
 // Limits of the HTTPRoute type that a folder does not enforce.
 const (
-	maxBackends = 16
-	maxWeight   = 1_000_000
-	maxPath     = 1024
-	maxValue    = 4096
+	maxPath  = 1024
+	maxValue = 4096
 )
 
 // rule is one rule of an HTTPRoute, as every port it is attached to gets it.
@@ -41,7 +39,7 @@ type candidate struct {
 	rule, match int
 }
 
-// addRoutes gives every HTTP port its routes in order of precedence.
+// addRoutes gives every port that may be HTTP its routes in order of precedence.
 func (b *builder) addRoutes(in []*gatewayv1.HTTPRoute, retries retryPolicies) {
 	found := map[*port][]candidate{}
 	for _, obj := range in {
@@ -72,7 +70,7 @@ func (b *builder) addRoutes(in []*gatewayv1.HTTPRoute, retries retryPolicies) {
 				for _, c := range cs {
 					p.Routes = append(p.Routes, c.Route)
 				}
-			case p.Protocol.IsHTTP():
+			case p.Protocol.MayBeHTTP():
 				route := mesh.Route{
 					Name:     "default",
 					Backends: []mesh.Backend{{Namespace: s.namespace, Service: s.name, Port: p.Number, Weight: 1}},
@@ -127,51 +125,14 @@ func cloneMatch(m mesh.Match) mesh.Match {
 	return m
 }
 
-// ours says whether the parent is a Service. Routes of Gateways are the
-// business of whoever runs the Gateway.
-func ours(ref gatewayv1.ParentReference) bool {
-	return deref(ref.Group, gatewayGroup) == "" && deref(ref.Kind, "Gateway") == kindService
-}
-
 // attach marks the ports that the route is attached to and returns them, each
 // once.
 func (b *builder) attach(r *report, obj *gatewayv1.HTTPRoute) []*port {
-	var out []*port
-	for i, ref := range obj.Spec.ParentRefs {
-		if !ours(ref) {
-			continue
-		}
-		field := at("spec.parentRefs", i)
-		if ns := deref(ref.Namespace, ""); ns != "" && string(ns) != obj.Namespace {
-			r.add(field+".namespace", ReasonUnsupported,
-				"the parent is in namespace %q: consumer routes are not supported, only producer routes; put the route into the Service's namespace", ns)
-			continue
-		}
-		k := key{obj.Namespace, string(ref.Name)}
-		s := b.services[k]
-		if s == nil {
-			r.add(field+".name", ReasonNoMatchingParent, "no usable Service %s; create it or correct the name", k)
-			continue
-		}
-		named := s.matching(ref)
-		if len(named) == 0 {
-			r.add(field, ReasonNoMatchingParent, "Service %s has no such port; it has %s", k, s.describePorts())
-			continue
-		}
-		ports := b.parentPorts(obj.Namespace, ref)
-		if len(ports) == 0 {
-			r.add(field, ReasonUnsupportedProtocol, "port %s of Service %s %s, not HTTP; set appProtocol of the port to http, http2 or grpc if that is what it speaks",
-				named[0].describe(), k, named[0].speaks())
-			continue
-		}
-		for _, p := range ports {
-			p.attached = true
-			if p.declared == mesh.Unknown {
-				p.Protocol = mesh.HTTP1
-			}
-			if !slices.Contains(out, p) {
-				out = append(out, p)
-			}
+	out := b.parents(r, obj.Namespace, obj.Spec.ParentRefs, speaksHTTP())
+	for _, p := range out {
+		p.attached = true
+		if p.declared == mesh.Unknown {
+			p.Protocol = mesh.HTTP1
 		}
 	}
 	if len(obj.Spec.Hostnames) > 0 && !slices.ContainsFunc(obj.Spec.ParentRefs, func(ref gatewayv1.ParentReference) bool { return !ours(ref) }) {
@@ -180,47 +141,8 @@ func (b *builder) attach(r *report, obj *gatewayv1.HTTPRoute) []*port {
 	return out
 }
 
-// matching returns the ports that a parentRef names, whatever they speak.
-func (s *service) matching(ref gatewayv1.ParentReference) []*port {
-	var out []*port
-	for _, p := range s.ports {
-		if ref.Port != nil && *ref.Port != int32(p.Number) {
-			continue
-		}
-		if ref.SectionName != nil && *ref.SectionName != "" && string(*ref.SectionName) != p.Name {
-			continue
-		}
-		out = append(out, p)
-	}
-	return out
-}
-
-// parentPorts returns the ports that a route with this parent is attached to.
-// A route that names a port of unknown protocol says that it speaks HTTP. One
-// that names no port means the ports that are HTTP, and those of unknown
-// protocol only where there is no other: it must not turn a database into a
-// web server.
-func (b *builder) parentPorts(namespace string, ref gatewayv1.ParentReference) []*port {
-	if ns := deref(ref.Namespace, ""); ns != "" && string(ns) != namespace {
-		return nil
-	}
-	s := b.services[key{namespace, string(ref.Name)}]
-	if s == nil {
-		return nil
-	}
-	var http, unknown []*port
-	for _, p := range s.matching(ref) {
-		switch {
-		case p.declared.IsHTTP():
-			http = append(http, p)
-		case p.declared == mesh.Unknown:
-			unknown = append(unknown, p)
-		}
-	}
-	if len(http) > 0 {
-		return http
-	}
-	return unknown
+func speaksHTTP() parentKind {
+	return parentKind{mesh.Protocol.IsHTTP, "HTTP", "http, http2 or grpc"}
 }
 
 // rules reads the rules of a route. A match that is invalid is left out; a
@@ -288,51 +210,16 @@ func (b *builder) action(r *report, field string, obj *gatewayv1.HTTPRoute, spec
 // backend resolves a backendRef. What does not resolve is a problem, but not
 // one of the whole rule: it keeps its share, which is answered 500.
 func (b *builder) backend(rule *report, field, namespace string, ref *gatewayv1.HTTPBackendRef) mesh.Backend {
-	out := mesh.Backend{Namespace: namespace, Service: string(ref.Name), Weight: 1}
-	if ref.Weight != nil {
-		if *ref.Weight < 0 || *ref.Weight > maxWeight {
-			rule.add(field+".weight", ReasonInvalid, "%d is out of range; write 0 to %d", *ref.Weight, maxWeight)
-		} else {
-			out.Weight = uint32(*ref.Weight)
-		}
-	}
-	r := &report{b: b, at: rule.at}
 	const consequence = "; until then its share of the requests is answered 500"
-	switch ns := string(deref(ref.Namespace, gatewayv1.Namespace(namespace))); {
-	case deref(ref.Group, "") != "" || deref(ref.Kind, kindService) != kindService:
-		r.add(field+".kind", ReasonInvalidKind, `%s/%s cannot be a backend; write group: "" and kind: Service`+consequence, deref(ref.Group, ""), deref(ref.Kind, kindService))
-	case ns != "" && ns != namespace:
-		out.Namespace = ns
-		r.add(field+".namespace", ReasonRefNotPermitted, "backends in another namespace (%q) are not permitted: ReferenceGrant is not supported; use a Service of namespace %s"+consequence, ns, namespace)
-	case ref.Port == nil:
-		r.add(field+".port", ReasonInvalid, "missing; write the port of the Service"+consequence)
-	default:
-		k := key{namespace, out.Service}
-		s := b.services[k]
-		if s == nil {
-			r.add(field+".name", ReasonBackendNotFound, "no usable Service %s; create it or correct the name"+consequence, k)
-			break
-		}
-		p := s.byNumber(*ref.Port)
-		if p == nil {
-			r.add(field+".port", ReasonBackendNotFound, "no port %d; Service %s has %s"+consequence, *ref.Port, k, s.describePorts())
-			break
-		}
-		if p.declared == mesh.TCP {
-			r.add(field+".port", ReasonUnsupportedProtocol, "port %s of Service %s speaks tcp, not HTTP; name an HTTP port"+consequence, p.describe(), k)
-		}
+	r := &report{b: b, at: rule.at}
+	out := b.backendRef(rule, r, field, namespace, &ref.BackendRef, consequence)
+	if p := b.backendPort(out); p != nil && (p.declared == mesh.TCP || p.declared == mesh.TLS) {
+		r.add(field+".port", ReasonUnsupportedProtocol, "port %s of Service %s %s, not HTTP; name an HTTP port"+consequence, p.describe(), p.service.key, p.speaks())
 	}
 	for j, f := range ref.Filters {
 		r.add(at(field+".filters", j), ReasonUnsupported, "filter %s is not supported yet; remove it"+consequence, f.Type)
 	}
-	if r.bad {
-		// Port 0 keeps the key from naming a cluster that exists but that this
-		// route may not use.
-		out.Missing = true
-		return out
-	}
-	out.Port = uint16(*ref.Port)
-	return out
+	return resolved(r, out)
 }
 
 // ruleRetry reads the retry field of a rule (GEP-1731). Its presence asks for

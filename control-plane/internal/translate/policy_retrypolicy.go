@@ -161,7 +161,7 @@ func (b *builder) mayBeHTTP(p *port) bool {
 	}
 	for _, route := range b.routes {
 		for _, ref := range route.Spec.ParentRefs {
-			if ours(ref) && slices.Contains(b.parentPorts(route.Namespace, ref), p) {
+			if ours(ref) && slices.Contains(b.parentPorts(route.Namespace, ref, mesh.Protocol.IsHTTP), p) {
 				return true
 			}
 		}

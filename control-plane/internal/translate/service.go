@@ -28,11 +28,11 @@ type port struct {
 	service *service
 	// target is the Service's port, for its targetPort.
 	target corev1.ServicePort
-	// declared is the protocol that the Service says. An HTTPRoute may turn a
-	// port of unknown protocol into HTTP; decisions on that look at this.
+	// declared is the protocol that the Service says. A route may turn a port of
+	// unknown protocol into what it is for; decisions on that look at this.
 	declared mesh.Protocol
 	// attached says that some HTTPRoute is attached, so that there is no
-	// implicit route.
+	// implicit route. Of TLSRoutes OnlyServerNames says it.
 	attached bool
 }
 
@@ -192,7 +192,7 @@ func protocolOf(p corev1.ServicePort) mesh.Protocol {
 		case "kubernetes.io/ws":
 			return mesh.HTTP1
 		case "kubernetes.io/wss":
-			return mesh.TCP
+			return mesh.TLS
 		default:
 			return protocolWord(word)
 		}
@@ -205,8 +205,8 @@ func protocolOf(p corev1.ServicePort) mesh.Protocol {
 	return protocolWord(word)
 }
 
-// protocolWord knows the words of Istio's protocol selection. TLS of the
-// application's own is carried as TCP: it cannot be read.
+// protocolWord knows the words of Istio's protocol selection, and those of other
+// protocols that are bytes to a proxy.
 func protocolWord(word string) mesh.Protocol {
 	switch word {
 	case "http", "grpc-web":
@@ -215,7 +215,9 @@ func protocolWord(word string) mesh.Protocol {
 		return mesh.HTTP2
 	case "grpc":
 		return mesh.GRPC
-	case "tcp", "tls", "https", "mysql", "postgres", "postgresql", "redis", "rediss", "mongo", "mongodb",
+	case "tls", "https":
+		return mesh.TLS
+	case "tcp", "mysql", "postgres", "postgresql", "redis", "rediss", "mongo", "mongodb",
 		"amqp", "amqps", "kafka", "ldap", "ldaps", "smtp", "smtps", "imap", "imaps", "ftp", "ftps", "ssh", "nats", "memcache", "memcached", "zookeeper":
 		return mesh.TCP
 	default:

@@ -32,6 +32,7 @@ type Objects struct {
 	Services        []*corev1.Service
 	EndpointSlices  []*discoveryv1.EndpointSlice
 	HTTPRoutes      []*gatewayv1.HTTPRoute
+	TLSRoutes       []*gatewayv1.TLSRoute
 	Workloads       []*v1alpha1.Workload
 	CircuitBreakers []*v1alpha1.CircuitBreaker
 	RetryPolicies   []*v1alpha1.RetryPolicy
@@ -66,6 +67,7 @@ func Build(in Objects, opts Options) (*mesh.Mesh, []Problem) {
 	}
 	retries := b.retryPolicies(ordered(&b, kindRetryPolicy, in.RetryPolicies))
 	b.addRoutes(routes, retries)
+	b.addTLSRoutes(ordered(&b, kindTLSRoute, in.TLSRoutes))
 	b.addCircuitBreakers(ordered(&b, kindCircuitBreaker, in.CircuitBreakers))
 
 	m := &mesh.Mesh{TrustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain)}
@@ -80,6 +82,7 @@ const (
 	kindService        = "Service"
 	kindEndpointSlice  = "EndpointSlice"
 	kindHTTPRoute      = "HTTPRoute"
+	kindTLSRoute       = "TLSRoute"
 	kindWorkload       = "Workload"
 	kindCircuitBreaker = "CircuitBreaker"
 	kindRetryPolicy    = "RetryPolicy"

@@ -69,6 +69,7 @@ func shuffle(r *rand.Rand, o *translate.Objects) {
 	mix(r, o.Services)
 	mix(r, o.EndpointSlices)
 	mix(r, o.HTTPRoutes)
+	mix(r, o.TLSRoutes)
 	mix(r, o.Workloads)
 	mix(r, o.CircuitBreakers)
 	mix(r, o.RetryPolicies)

@@ -80,7 +80,8 @@ type conn struct {
 	lastWrite uint64
 	stuck     time.Time
 
-	workers []*worker
+	workers []*worker // that wait; the last to come is the first to go
+	fewest  int       // of them since the last tick
 	handle  func(*Stream)
 	wg      sync.WaitGroup
 }
@@ -698,10 +699,14 @@ func (c *conn) onPriority(now time.Time, f frame, p []byte) error {
 func (c *conn) inStream(now time.Time, id uint32, code ErrCode, reason string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.streams[id] == nil {
+	switch {
+	case c.streams[id] != nil:
+		return c.streamError(now, id, code, reason)
+	case c.idle(id):
 		return c.fault(code, reason)
+	default:
+		return nil
 	}
-	return c.streamError(now, id, code, reason)
 }
 
 // finalGoAway ends what Drain began: clients have had the time of a round trip

@@ -23,18 +23,25 @@ type encoder struct {
 
 type encoderIndex struct {
 	seed maphash.Seed
-	// ents is a ring of the entries with the numbers first to next-1.
-	ents        [tableSize / 32]entry
+	// ents is a ring of the entries with the numbers first to next-1. Its length
+	// is a power of two.
+	ents        []entry
 	first, next uint32
 	// byField and byName hold the newest entry's number plus 1 for a hash.
-	byField, byName [256]uint32
+	byField, byName [slots]uint32
 	// seen holds the hashes of fields that came lately.
-	seen [256]uint32
+	seen [slots]uint32
 }
+
+// slots is as many as there can be entries.
+const slots = tableSize / 32
 
 type entry struct {
 	name, value string
 }
+
+// at is the entry with a number.
+func (x *encoderIndex) at(n uint32) *entry { return &x.ents[n&uint32(len(x.ents)-1)] }
 
 func (e *entry) size() uint32 { return uint32(len(e.name) + len(e.value) + 32) }
 
@@ -53,7 +60,7 @@ func (e *encoder) setMax(n uint32) {
 
 func (e *encoder) evict() {
 	for e.size > e.max {
-		ent := &e.ix.ents[e.ix.first%uint32(len(e.ix.ents))]
+		ent := e.ix.at(e.ix.first)
 		e.size -= ent.size()
 		*ent = entry{}
 		e.ix.first++
@@ -82,9 +89,9 @@ func (e *encoder) field(dst, name, value []byte) []byte {
 	}
 	nh := maphash.Bytes(x.seed, name)
 	h := bits.RotateLeft64(nh, 17) ^ maphash.Bytes(x.seed, value)
-	slot, tag := h&255, uint32(h>>32)|1
+	slot, tag := h%slots, uint32(h>>32)|1
 	if n := x.byField[slot]; n > x.first {
-		ent := &x.ents[(n-1)%uint32(len(x.ents))]
+		ent := x.at(n - 1)
 		if ent.value == string(value) && ent.name == string(name) {
 			return appendVarInt(dst, 0x80, 7, uint64(x.next-n)+staticLen+1)
 		}
@@ -103,7 +110,7 @@ func (e *encoder) field(dst, name, value []byte) []byte {
 	}
 	if i := staticNames[string(name)]; i != 0 {
 		dst = appendVarInt(dst, pattern, prefix, uint64(i))
-	} else if n := x.byName[nh&255]; n > x.first && x.ents[(n-1)%uint32(len(x.ents))].name == string(name) {
+	} else if n := x.byName[nh%slots]; n > x.first && x.at(n-1).name == string(name) {
 		dst = appendVarInt(dst, pattern, prefix, uint64(x.next-n)+staticLen+1)
 	} else {
 		dst = append(dst, pattern)
@@ -113,7 +120,7 @@ func (e *encoder) field(dst, name, value []byte) []byte {
 	dst = appendVarInt(dst, 0, 7, uint64(len(value)))
 	dst = append(dst, value...)
 	if add {
-		e.add(name, value, slot, nh&255)
+		e.add(name, value, slot, nh%slots)
 	}
 	return dst
 }
@@ -123,12 +130,19 @@ func (e *encoder) add(name, value []byte, slot, nameSlot uint64) {
 	ent := entry{name: string(name), value: string(value)}
 	// Make room first: the ring has a place for each entry the size allows.
 	for e.size+ent.size() > e.max {
-		old := &x.ents[x.first%uint32(len(x.ents))]
+		old := x.at(x.first)
 		e.size -= old.size()
 		*old = entry{}
 		x.first++
 	}
-	x.ents[x.next%uint32(len(x.ents))] = ent
+	if int(x.next-x.first) == len(x.ents) {
+		grown := make([]entry, max(8, 2*len(x.ents)))
+		for n := x.first; n < x.next; n++ {
+			grown[n&uint32(len(grown)-1)] = *x.at(n)
+		}
+		x.ents = grown
+	}
+	*x.at(x.next) = ent
 	e.size += ent.size()
 	x.next++
 	x.byField[slot], x.byName[nameSlot] = x.next, x.next

@@ -19,8 +19,8 @@ const (
 	maxRounds = 4
 	// maxIdleWorkers bounds the goroutines that wait for the next stream, and
 	// maxFree the streams that wait for use.
-	maxIdleWorkers = 32
-	maxFree        = 64
+	maxIdleWorkers = 128
+	maxFree        = 128
 	// linger is how long an ending connection waits for its peer to end it too:
 	// closing with bytes unread would reset it and what was sent may be lost.
 	linger      = 500 * time.Millisecond
@@ -220,10 +220,13 @@ func (c *conn) settle(now time.Time, head bool, err error) error {
 	return err
 }
 
+// mayFlush reports whether there is something to send and nobody at it.
+func (c *conn) mayFlush() bool { return !c.writing && c.queued() > 0 && c.werr == nil }
+
 // flush sends what is queued, unless somebody else is at it. Called with mu
 // held, which it gives up meanwhile.
 func (c *conn) flush() {
-	if c.writing || c.queued() == 0 || c.werr != nil {
+	if !c.mayFlush() {
 		return
 	}
 	c.writing = true
@@ -238,7 +241,7 @@ func (c *conn) flush() {
 
 // trySend is flush for the goroutine that reads, which may not wait.
 func (c *conn) trySend() {
-	for !c.writing && c.queued() > 0 && c.werr == nil {
+	for c.mayFlush() {
 		c.writing = true
 		var rest *outBuffer
 		if c.rd.raw != nil {
@@ -383,7 +386,7 @@ func (c *conn) shutdown(err error) error {
 		for c.writing {
 			c.written.Wait()
 		}
-		if c.queued() > 0 && c.werr == nil {
+		if c.mayFlush() {
 			c.writing = true
 			c.send(nil, true)
 		}
@@ -418,7 +421,7 @@ func (c *conn) trim() {
 	for _, w := range c.workers {
 		close(w.ch)
 	}
-	c.workers = nil
+	c.workers, c.fewest = nil, 0
 	for _, s := range c.free {
 		if s.timer != nil {
 			s.timer.Stop()
@@ -475,7 +478,7 @@ func (c *conn) check(now time.Time) time.Duration {
 			c.put(appendPing(c.buf(), false, []byte(alivePing)))
 		}
 	}
-	if c.queued() > 0 && !c.writing && c.werr == nil {
+	if c.mayFlush() {
 		// Nobody waits for this; whoever queued it has not flushed it yet.
 		c.writing = true
 		c.wg.Go(func() {
@@ -484,6 +487,12 @@ func (c *conn) check(now time.Time) time.Duration {
 			c.unlock()
 		})
 	}
+	// Workers that nobody needed since the last time go, half of them at once.
+	for range (c.fewest + 1) / 2 {
+		close(c.workers[0].ch)
+		c.workers = c.workers[1:]
+	}
+	c.fewest = len(c.workers)
 	if c.active > 0 || c.writing || !c.headSince.IsZero() || c.goAway != goAwayNone {
 		return c.tickEvery
 	}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -62,6 +63,9 @@ func echo(s *http2.Stream) {
 	}}
 	for _, f := range h.Headers {
 		reply.Headers = append(reply.Headers, http1.Header{Name: append([]byte("x-echo-"), f.Name...), Value: f.Value})
+	}
+	if h.Framing == http1.Length {
+		reply.Headers = append(reply.Headers, http1.Header{Name: []byte("X-Length"), Value: strconv.AppendInt(nil, h.Length, 10)})
 	}
 	if string(h.Method) == "HEAD" {
 		_ = s.WriteHead(&reply, nil, true)

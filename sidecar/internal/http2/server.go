@@ -62,6 +62,7 @@ func (c *conn) dispatch(s *Stream) {
 	if n := len(c.workers); n > 0 {
 		w := c.workers[n-1]
 		c.workers = c.workers[:n-1]
+		c.fewest = min(c.fewest, n-1)
 		w.ch <- s
 		return
 	}

@@ -204,7 +204,7 @@ func (s *Stream) waitRead(deadline time.Time) error {
 		return ErrInterrupted
 	}
 	c := s.c
-	if c.queued() > 0 && !c.writing {
+	if c.mayFlush() {
 		// It may be what the peer waits for.
 		c.flush()
 		return nil // look again
@@ -357,6 +357,8 @@ func (s *Stream) writeErr() error {
 		return errDone
 	case s.c.err != nil:
 		return s.c.err
+	case s.c.werr != nil:
+		return s.c.werr
 	default:
 		return nil
 	}
@@ -484,7 +486,7 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 		}
 		n := min(int64(len(b)), s.sendWin, c.sendWin, int64(c.peerFrame), maxFrame)
 		if len(b) > 0 && n <= 0 {
-			if !c.writing && c.queued() > 0 {
+			if c.mayFlush() {
 				c.flush()
 				continue
 			}
@@ -556,7 +558,7 @@ func (s *Stream) Flush() error {
 	c.mu.Lock()
 	defer c.unlock()
 	c.flush()
-	for c.queued() >= maxQueued && c.err == nil && s.err == nil {
+	for c.queued() >= maxQueued && s.err == nil && c.err == nil && c.werr == nil {
 		if !c.writing {
 			c.flush()
 			continue

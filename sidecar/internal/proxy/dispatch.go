@@ -29,10 +29,6 @@ type Mutual struct {
 	Strict bool
 }
 
-// sniffTimeout is how long the first bytes of a connection are waited for, where
-// the server may be the one that speaks first.
-const sniffTimeout = 50 * time.Millisecond
-
 // protocols that a port may be declared to speak (table.Destination.Protocol,
 // bootstrap.Inbound.Protocol).
 const (
@@ -72,10 +68,10 @@ func (p *path) serve(ctx context.Context, c *listener.Conn, find func() target) 
 			return
 		}
 	}
-	switch r.Protocol {
-	case detect.HTTP1:
+	switch {
+	case r.Protocol == detect.HTTP1 && to.protocol != protocolTLS:
 		p.serveHTTP1(ctx, c, who)
-	case detect.HTTP2:
+	case r.Protocol == detect.HTTP2 && to.protocol != protocolTLS:
 		p.serveHTTP2(ctx, c, who)
 	default:
 		cluster := to.cluster
@@ -87,7 +83,7 @@ func (p *path) serve(ctx context.Context, c *listener.Conn, find func() target) 
 			}
 			cluster = name
 		}
-		p.relay(ctx, c, who, cluster, r.ServerName)
+		p.relay(ctx, c, who, cluster, r, to.protocol == protocolAuto && c.Empty())
 	}
 }
 

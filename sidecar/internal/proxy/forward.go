@@ -120,10 +120,11 @@ func (f *forwarding) connect() (over upstream.Limit, err error) {
 	return c.Over, nil
 }
 
-// useHTTP2 says what the endpoint is spoken to in: the application, in what its
-// caller speaks; others, in what the control plane says.
+// useHTTP2 says what the endpoint is spoken to in: the application, and a port of
+// which nobody has said what it speaks, in what the caller speaks; others, in what
+// the control plane says.
 func (f *forwarding) useHTTP2() bool {
-	if f.outbound {
+	if f.outbound && f.dest.Protocol != protocolAuto {
 		return f.cluster.Config().HTTP2
 	}
 	_, is := f.down.(*h2Down)

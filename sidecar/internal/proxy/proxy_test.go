@@ -65,16 +65,15 @@ func start(t testing.TB, adjust func(*table.Cluster, *route.Route), servers ...s
 	t.Helper()
 	m := &mesh{t: t, table: &table.Current{}, conns: &listener.Group{}, registry: prometheus.NewRegistry(), logs: make(chan struct{}, 10000)}
 	m.cluster = table.Cluster{Name: key, Policy: "shop/payments", Budget: retry.Budget{Percent: 20, MinConcurrency: 3}}
-	for i, s := range servers {
-		m.cluster.Endpoints = append(m.cluster.Endpoints, balance.Endpoint{Address: netip.MustParseAddrPort(s), Instance: fmt.Sprintf("payments-%d", i), Healthy: true, Weight: 1})
-	}
+	m.cluster.Endpoints = endpoints(servers...)
 	m.route = route.Route{Name: "default", Clusters: []route.Weighted{{Cluster: key, Weight: 1}}}
 	if adjust != nil {
 		adjust(&m.cluster, &m.route)
 	}
 	protocol := "http"
-	if m.route.Name == "tcp" {
-		protocol = "tcp"
+	switch m.route.Name {
+	case "tcp", "auto", "tls":
+		protocol = m.route.Name
 	}
 	m.table.Store(&table.Table{
 		Version:      "v1",
@@ -114,6 +113,14 @@ func start(t testing.TB, adjust func(*table.Cluster, *route.Route), servers ...s
 		http.DefaultTransport.(*http.Transport).CloseIdleConnections()
 	})
 	return m
+}
+
+// endpoints at these addresses.
+func endpoints(servers ...string) (out []balance.Endpoint) {
+	for i, s := range servers {
+		out = append(out, balance.Endpoint{Address: netip.MustParseAddrPort(s), Instance: fmt.Sprintf("payments-%d", i), Healthy: true, Weight: 1})
+	}
+	return out
 }
 
 // Write takes the access log.

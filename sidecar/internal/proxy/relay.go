@@ -1,18 +1,16 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
-	"errors"
-	"io"
 	"math/rand/v2"
 	"net"
-	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/detect"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/outlier"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
@@ -23,11 +21,54 @@ import (
 // sent, so another one is always safe.
 const relayAttempts = 3
 
-// relay carries a TCP connection to an endpoint of the cluster. The breaker
-// counts failures to connect; what is said on the connection is not ours.
-func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterName, serverName string) {
+// stream is what is known of a connection that is to be carried as bytes.
+type stream struct {
+	// Cluster that it goes to. Empty: nothing is configured for it, as Refused
+	// says, and it is refused.
+	Cluster string
+	Refused string
+	Caller  caller
+	// Protocol for the log: tcp, or tls with the ServerName that the client asked
+	// for. Empty is tcp.
+	Protocol   string
+	ServerName string
+	// Early are bytes of the client that have been read. Release, which may be nil,
+	// is called once, when they are not needed any more.
+	Early   []byte
+	Release func()
+	// Memory learns who speaks first on destination Key, where it is set and Early
+	// is empty.
+	Memory *detect.Memory
+	Key    string
+}
+
+// relay carries a connection, with what has been read of it, to an endpoint of
+// the cluster. learn says that nobody has spoken yet and that who does is worth
+// remembering.
+func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterName string, r detect.Result, learn bool) {
+	s := stream{Cluster: clusterName, Early: c.Unread(), Release: c.Release, Caller: who}
+	if r.Protocol == detect.TLS {
+		s.Protocol, s.ServerName = "tls", r.ServerName
+	}
+	if learn {
+		s.Memory, s.Key = p.Seen, p.key
+	}
+	// Its deadlines are the tunnel's from here on.
+	_ = c.TCP().SetDeadline(time.Time{})
+	p.carry(ctx, c.Transport(), s)
+}
+
+// carry takes a connection, a *net.TCPConn or a *tls.Conn above one, to an
+// endpoint of the stream's cluster. The breaker
+// counts failures to connect; what is said on the connection is not ours. Unless
+// both sides end it in order, both see a reset: a stream that was cut must not
+// look complete.
+func (p *path) carry(ctx context.Context, c net.Conn, s stream) {
 	start := time.Now()
-	e := accesslog.Entry{Start: start, Direction: p.direction(), Protocol: "tcp", Destination: p.key, Source: who.source, PeerIdentity: who.identity, TLSServerName: serverName}
+	e := accesslog.Entry{
+		Start: start, Direction: p.direction(), Protocol: cmp.Or(s.Protocol, "tcp"), TLSServerName: s.ServerName,
+		Destination: p.key, Source: s.Caller.source, PeerIdentity: s.Caller.identity,
+	}
 	t := p.table.Load()
 	e.Config = t.Version
 	var trace telemetry.TraceContext
@@ -39,9 +80,20 @@ func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterN
 		p.series.TCPClosed(e.BytesIn, e.BytesOut)
 		p.Log.Write(&e)
 	}()
-	cluster := p.Clusters.For(t, clusterName)
+	release := sync.OnceFunc(func() {
+		if s.Release != nil {
+			s.Release()
+		}
+	})
+	defer release()
+	resetOnClose(c, true)
+	if s.Cluster == "" {
+		e.Flags, e.Detail = accesslog.NR, s.Refused
+		return
+	}
+	cluster := p.Clusters.For(t, s.Cluster)
 	if cluster == nil {
-		e.Flags, e.Detail = accesslog.NC, "the control plane knows no cluster "+clusterName
+		e.Flags, e.Detail = accesslog.NC, "the control plane knows no cluster "+s.Cluster
 		return
 	}
 	defer cluster.ReleaseRequest()
@@ -57,8 +109,20 @@ func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterN
 		return
 	}
 	e.Upstream = up.Endpoint.Name
+	if p.outbound {
+		e.PeerIdentity = up.Peer()
+	}
+	if e.PeerIdentity != "" {
+		e.Security = "mutual_tls"
+	}
 	defer up.Endpoint.Discard(up)
-	e.BytesIn, e.BytesOut = tunnel(c.TCP(), up.TCP())
+	w := tunnelling{down: c, up: up.Transport(), early: s.Early, release: release, idle: tcpIdleTimeout}
+	if s.Memory != nil && len(s.Early) == 0 {
+		w.first = func(server bool) { remember(s.Memory, s.Key, server, start, time.Now()) }
+	}
+	w.run()
+	e.BytesIn, e.BytesOut = w.in, w.out
+	e.Flags, e.Detail = w.flags, w.detail
 }
 
 func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *accesslog.Entry, traceID []byte) *upstream.Conn {
@@ -131,41 +195,4 @@ func (p *path) overLimit(c *upstream.Cluster, e *accesslog.Entry, limit string, 
 	if !observe {
 		e.Flags, e.Detail = accesslog.UO, "limit on "+limit+" is reached"
 	}
-}
-
-// tunnel carries bytes both ways until both sides have ended, passing each half-
-// close on. It returns the bytes from a to b and from b to a. Either side being
-// silent is fine as long as the other is not, for tcpIdleTimeout.
-func tunnel(a, b *net.TCPConn) (ab, ba int64) {
-	var last atomic.Int64
-	last.Store(time.Now().UnixNano())
-	var wg sync.WaitGroup
-	wg.Go(func() { ab = carry(b, a, &last) })
-	ba = carry(a, b, &last)
-	wg.Wait()
-	return ab, ba
-}
-
-// carry copies from src to dst until src ends, in the kernel where the system
-// can. An error on either side ends both, so that the other direction does not
-// wait for a peer that is gone.
-func carry(dst, src *net.TCPConn, last *atomic.Int64) (n int64) {
-	for src.SetReadDeadline(time.Now().Add(tcpIdleCheck)) == nil {
-		m, err := io.Copy(dst, src)
-		n += m
-		if m > 0 {
-			last.Store(time.Now().UnixNano())
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) && time.Since(time.Unix(0, last.Load())) < tcpIdleTimeout {
-			continue // the other direction is alive
-		}
-		if err == nil {
-			_ = dst.CloseWrite() // EOF: the other direction may go on
-			return n
-		}
-		break
-	}
-	_ = dst.Close()
-	_ = src.Close()
-	return n
 }

@@ -69,7 +69,7 @@ func (f *forwarding) converse() {
 		x.detail = r.why
 		return
 	}
-	in, out := tunnel(d.conn.TCP(), c.TCP())
+	in, out := tunnel(d.conn.Transport(), c.Transport())
 	x.pumped += in
 	x.bytesOut += out
 }

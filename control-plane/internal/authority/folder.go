@@ -1,0 +1,254 @@
+package authority
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/outrigger-mesh/outrigger/control-plane/identity/signing"
+)
+
+const (
+	fileKey   = "ca.key"
+	fileCert  = "ca.crt"
+	fileRoots = "root.crt"
+	fileToken = "token.key"
+	// rootTTL is how long a root that is made here lasts.
+	rootTTL = 10 * 365 * 24 * time.Hour
+	// tokenKeySize in bytes.
+	tokenKeySize = 32
+	// maxFile bounds a file of the folder, in bytes.
+	maxFile = 256 << 10
+	// othersMay are the bits of a key's mode that must not be set. The group may
+	// read, because a mounted Secret cannot do without.
+	othersMay = 0o037
+)
+
+// create makes the folder where there is none or an empty one, under another
+// name first, so that it is there whole or not at all, also where two programs
+// do it at once.
+func create(dir, trustDomain string, now time.Time) (made bool, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if len(entries) > 0 {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return false, err
+	}
+	stage, err := os.MkdirTemp(filepath.Dir(dir), "."+filepath.Base(dir)+".new-*") // mode 0700
+	if err != nil {
+		return false, err
+	}
+	defer func() {
+		if !made {
+			err = errors.Join(err, os.RemoveAll(stage))
+		}
+	}()
+	files, err := newRoot(trustDomain, now)
+	if err != nil {
+		return false, err
+	}
+	for name, text := range files {
+		if err := write(filepath.Join(stage, name), text); err != nil {
+			return false, err
+		}
+	}
+	if err := flush(stage); err != nil {
+		return false, err
+	}
+	// Over an empty folder, but never over one that is not.
+	if err := syscall.Rename(stage, dir); err != nil {
+		if again, rerr := os.ReadDir(dir); rerr == nil && len(again) > 0 {
+			return false, nil // another program was faster
+		}
+		return false, fmt.Errorf("put it into its place: %w; name a folder that does not exist yet, inside one that is writable", err)
+	}
+	return true, flush(filepath.Dir(dir))
+}
+
+func newRoot(trustDomain string, now time.Time) (map[string][]byte, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	t := &x509.Certificate{
+		Subject:   pkix.Name{CommonName: "Outrigger root of " + trustDomain + " " + now.UTC().Format("2006-01-02T15:04:05Z")},
+		NotBefore: now.Add(-skew), NotAfter: now.Add(rootTTL),
+		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true,
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, t, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	token := make([]byte, tokenKeySize)
+	_, _ = rand.Read(token) // it never fails
+	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return map[string][]byte{
+		fileKey:  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
+		fileCert: cert, fileRoots: cert,
+		fileToken: []byte(base64.StdEncoding.EncodeToString(token) + "\n"),
+	}, nil
+}
+
+func write(path string, text []byte) (err error) {
+	mode := fs.FileMode(0o600)
+	if strings.HasSuffix(path, ".crt") {
+		mode = 0o644
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, err := f.Write(text); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+func flush(dir string) (err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return d.Sync()
+}
+
+// load reads a folder and checks that what it holds fits together now.
+func load(dir string, now time.Time) (*keys, error) {
+	k := &keys{pool: x509.NewCertPool()}
+	content := map[string][]byte{}
+	sum := sha256.New()
+	for _, name := range []string{fileKey, fileCert, fileRoots, fileToken} {
+		b, err := read(filepath.Join(dir, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			if name == fileToken {
+				continue
+			}
+			return nil, fmt.Errorf("%s is missing: put ca.key, ca.crt and root.crt there, or name a folder that does not exist yet", name)
+		}
+		if err != nil {
+			return nil, err
+		}
+		content[name] = b
+		_, _ = fmt.Fprintf(sum, "%s %d\n%s", name, len(b), b) // a hash never fails to write
+	}
+	sum.Sum(k.digest[:0])
+	var err error
+	if k.key, err = parseKey(content[fileKey]); err != nil {
+		return nil, fmt.Errorf("%s: %w", fileKey, err)
+	}
+	certs, err := signing.DecodeCertificates(content[fileCert])
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", fileCert, err)
+	}
+	if k.roots, err = signing.DecodeCertificates(content[fileRoots]); err != nil {
+		return nil, fmt.Errorf("%s: %w", fileRoots, err)
+	}
+	for _, r := range k.roots {
+		if !r.IsCA {
+			return nil, fmt.Errorf("%s: %q is no certificate of an authority", fileRoots, r.Subject)
+		}
+		k.pool.AddCert(r)
+	}
+	if text, ok := content[fileToken]; ok {
+		if k.tokenKey, err = base64.StdEncoding.DecodeString(strings.TrimSpace(string(text))); err != nil || len(k.tokenKey) != tokenKeySize {
+			return nil, fmt.Errorf("%s: it is not %d bytes in base64; write what openssl rand -base64 32 prints", fileToken, tokenKeySize)
+		}
+	}
+	return k, k.link(certs, now)
+}
+
+// link chooses the issuer, the newest certificate of the key, and finds its way
+// to a root.
+func (k *keys) link(certs []*x509.Certificate, now time.Time) error {
+	between := x509.NewCertPool()
+	for _, c := range certs {
+		between.AddCert(c)
+		if !c.IsCA || c.KeyUsage&x509.KeyUsageCertSign == 0 || !samePublicKey(c.PublicKey, k.key.Public()) {
+			continue
+		}
+		if k.issuer == nil || c.NotBefore.After(k.issuer.NotBefore) {
+			k.issuer = c
+		}
+	}
+	if k.issuer == nil {
+		return errNoIssuer
+	}
+	chains, err := k.issuer.Verify(x509.VerifyOptions{Roots: k.pool, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	if err != nil {
+		return fmt.Errorf("the certificate in %s does not lead to one in %s: %w", fileCert, fileRoots, err)
+	}
+	for _, chain := range chains {
+		until := slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
+		if until.After(k.until) {
+			k.until, k.chain = until, chain[:len(chain)-1]
+		}
+	}
+	return nil
+}
+
+func read(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if strings.HasSuffix(path, ".key") && info.Mode().Perm()&othersMay != 0 {
+		return nil, fmt.Errorf("%s has mode %04o, so that others could read or change the key: chmod 600 it, and make new keys if somebody may have read it", filepath.Base(path), info.Mode().Perm())
+	}
+	if info.Size() > maxFile {
+		return nil, fmt.Errorf("%s: %d bytes; at most %d", filepath.Base(path), info.Size(), maxFile)
+	}
+	return os.ReadFile(path)
+}
+
+func parseKey(text []byte) (crypto.Signer, error) {
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil, errors.New("it is not PEM")
+	}
+	var key any
+	var err error
+	switch block.Type {
+	case "PRIVATE KEY":
+		key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+	case "EC PRIVATE KEY":
+		key, err = x509.ParseECPrivateKey(block.Bytes)
+	case "RSA PRIVATE KEY":
+		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+	default:
+		return nil, fmt.Errorf("a PEM block %.40q is no private key that can be used: write it as PKCS #8, not encrypted", block.Type)
+	}
+	if err != nil {
+		return nil, err
+	}
+	signer, ok := key.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("a key of type %T cannot sign", key)
+	}
+	return signer, nil
+}
