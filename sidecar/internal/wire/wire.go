@@ -87,14 +87,17 @@ type Conn struct {
 	pooled     *[]byte
 	base, r, w int
 
-	// try and look are made once: a method value allocates.
+	// try, put and look are made once: a method value allocates.
 	try     func(fd uintptr) bool
+	put     func(fd uintptr) bool
 	look    func(fd uintptr)
 	got     int
 	tryErr  error
 	seen    bool
 	seenErr error
 	reset   error // seen by look
+	rest    []byte
+	putErr  error
 
 	readBy, readSet   instant // wanted, and set in the system
 	writeBy, writeSet instant
@@ -112,7 +115,7 @@ func New(tcp *net.TCPConn, early []byte) (*Conn, error) {
 // Init makes c what New returns, where c is part of something larger.
 func (c *Conn) Init(tcp *net.TCPConn, early []byte) (err error) {
 	c.nc, c.tcp = tcp, tcp
-	c.try, c.look = c.tryRead, c.lookAt
+	c.try, c.put, c.look = c.tryRead, c.tryWrite, c.lookAt
 	if c.raw, err = tcp.SyscallConn(); err != nil {
 		return err
 	}
@@ -256,7 +259,7 @@ func (c *Conn) tryRead(fd uintptr) bool {
 	var n int
 	var err error
 	for {
-		n, err = syscall.Read(int(fd), c.buf[c.w:])
+		n, err = readFD(int(fd), c.buf[c.w:])
 		if !errors.Is(err, syscall.EINTR) {
 			break
 		}
@@ -390,7 +393,7 @@ func (i instant) nearer(set instant) bool { return i != 0 && (set == 0 || i < se
 // Write sends b, all of it unless there is an error. It implements io.Writer.
 func (c *Conn) Write(b []byte) (n int, err error) {
 	for {
-		m, err := c.nc.Write(b[n:])
+		m, err := c.write(b[n:])
 		n += m
 		if err == nil {
 			return n, nil
@@ -399,6 +402,43 @@ func (c *Conn) Write(b []byte) (n int, err error) {
 			return n, err
 		}
 	}
+}
+
+// write sends as much of b as there is time for.
+func (c *Conn) write(b []byte) (int, error) {
+	if c.tls != nil || len(b) == 0 {
+		return c.nc.Write(b)
+	}
+	c.rest, c.putErr = b, nil
+	err := c.raw.Write(c.put)
+	n := len(b) - len(c.rest)
+	c.rest = nil
+	if err == nil {
+		err = c.putErr
+	}
+	return n, err
+}
+
+// tryWrite sends what the system takes of rest. It returns false to be called
+// again when the system says that it takes more.
+func (c *Conn) tryWrite(fd uintptr) bool {
+	for len(c.rest) > 0 {
+		n, err := writeFD(int(fd), c.rest)
+		switch {
+		case n > 0:
+			c.rest = c.rest[n:]
+		case errors.Is(err, syscall.EINTR):
+		case errors.Is(err, syscall.EAGAIN):
+			return false
+		case err != nil:
+			c.putErr = os.NewSyscallError("write", err)
+			return true
+		default:
+			c.putErr = io.ErrUnexpectedEOF
+			return true
+		}
+	}
+	return true
 }
 
 // mayWrite reports whether a write that ended with err may go on, because the
@@ -472,7 +512,7 @@ func (c *Conn) peek() (seen bool, err error) {
 
 func (c *Conn) lookAt(fd uintptr) {
 	var one [1]byte
-	n, _, err := syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	n, err := peekFD(int(fd), one[:])
 	c.seen, c.seenErr = true, err
 	switch {
 	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EINTR):
