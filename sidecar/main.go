@@ -66,7 +66,7 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 		c.Upstreams = append(c.Upstreams, u)
 		return err
 	})
-	fs.Func("inbound", "port for other workloads [http:|tcp:]<ip>:<port>=<ip>:<port of the application>; may be repeated", func(s string) error {
+	fs.Func("inbound", "port for other workloads [http:|tcp:|tls:|auto:]<ip>:<port>=<ip>:<port of the application>; may be repeated", func(s string) error {
 		in, err := bootstrap.ParseInbound(s)
 		c.Inbounds = append(c.Inbounds, in)
 		return err

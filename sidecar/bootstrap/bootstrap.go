@@ -78,8 +78,9 @@ func ParseUpstream(s string) (Upstream, error) {
 
 // Inbound is a port at which other workloads reach this one: connections to
 // Listen are carried to the application at Forward. Written
-// http:127.0.0.1:5001=127.0.0.1:8080, the protocol being http, tcp or, where it
-// is left out, http.
+// http:127.0.0.1:5001=127.0.0.1:8080, the protocol being http, tcp, tls (the
+// application's own, carried as bytes), auto (what each connection begins as) or,
+// where it is left out, http.
 type Inbound struct {
 	Protocol string
 	Listen   netip.AddrPort
@@ -91,17 +92,17 @@ func (in Inbound) String() string {
 	return in.Protocol + ":" + in.Listen.String() + "=" + in.Forward.String()
 }
 
-// ParseInbound reads [http:|tcp:]<ip>:<port>=<ip>:<port>.
+// ParseInbound reads [http:|tcp:|tls:|auto:]<ip>:<port>=<ip>:<port>.
 func ParseInbound(s string) (Inbound, error) {
 	in := Inbound{Protocol: "http"}
 	rest := s
-	for _, p := range []string{"http", "tcp"} {
+	for _, p := range []string{"http", "tcp", "tls", "auto"} {
 		if after, ok := strings.CutPrefix(s, p+":"); ok {
 			in.Protocol, rest = p, after
 		}
 	}
 	fail := func(why string) (Inbound, error) {
-		return Inbound{}, fmt.Errorf("inbound %q: %s; write [http:|tcp:]<ip>:<port>=<ip>:<port>, for example http:127.0.0.1:5001=127.0.0.1:8080", s, why)
+		return Inbound{}, fmt.Errorf("inbound %q: %s; write [http:|tcp:|tls:|auto:]<ip>:<port>=<ip>:<port>, for example http:127.0.0.1:5001=127.0.0.1:8080", s, why)
 	}
 	listen, forward, ok := strings.Cut(rest, "=")
 	if !ok {

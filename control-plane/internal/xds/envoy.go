@@ -118,14 +118,14 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 		name := ListenerName(u.Key()) + "|" + u.Listen.String()
 		l := &listenerv3.Listener{
 			Name: name, Address: socketAddress(u.Listen), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
-			FilterChains: []*listenerv3.FilterChain{outboundChain(u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
-				if m != nil {
-					forEnvoy(m, n.logFields("outbound", u.Key()))
-					return
-				}
-				t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
-			})},
 		}
+		outbound(l, u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
+			if m != nil {
+				forEnvoy(m, n.logFields("outbound", u.Key()))
+				return
+			}
+			t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
+		})
 		r, err := encode(ListenerType, name, l)
 		if err != nil {
 			return nil, err
@@ -168,10 +168,11 @@ func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 	l := &listenerv3.Listener{
 		Name: "inbound/" + in.Listen.String(), Address: socketAddress(in.Listen), TrafficDirection: corev3.TrafficDirection_INBOUND,
 	}
-	if in.Protocol == "tcp" {
-		l.FilterChains = []*listenerv3.FilterChain{chain(filterTCPProxy, &tcpproxyv3.TcpProxy{
-			StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(fields.tcp()),
-		})}
+	plain := chain(filterTCPProxy, &tcpproxyv3.TcpProxy{
+		StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(maps.Clone(fields).tcp()),
+	})
+	if in.Protocol == "tcp" || in.Protocol == "tls" {
+		l.FilterChains = []*listenerv3.FilterChain{plain}
 		return l
 	}
 	m := manager(l.GetName(), "")
@@ -191,7 +192,12 @@ func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 		}},
 	}}
 	forEnvoy(m, fields)
-	l.FilterChains = []*listenerv3.FilterChain{chain(filterHCM, m)}
+	http := chain(filterHCM, m)
+	if in.Protocol == "auto" {
+		detecting(l, http, plain)
+		return l
+	}
+	l.FilterChains = []*listenerv3.FilterChain{http}
 	return l
 }
 
@@ -214,7 +220,7 @@ func inboundCluster(in bootstrap.Inbound) *clusterv3.Cluster {
 		}}},
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 	}
-	if in.Protocol != "tcp" {
+	if in.Protocol == "http" || in.Protocol == "auto" {
 		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{httpOptions: packed(&httpv3.HttpProtocolOptions{
 			UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
 				UseDownstreamProtocolConfig: &httpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
@@ -294,6 +300,8 @@ func (f logFields) tcp() logFields {
 		"message":          "tcp -> %RESPONSE_FLAGS% %DURATION%ms",
 		"network.protocol": "tcp",
 		"event.duration":   "%DURATION%000000",
+		// Only where the listener looks at what a client says.
+		"tls.client.server_name": "%REQUESTED_SERVER_NAME%",
 	})
 	return f
 }

@@ -242,7 +242,7 @@ func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*por
 		if ps.cluster, err = encode(ClusterType, key, cluster(key, p, dp)); err != nil {
 			return nil, err
 		}
-		if routed(p, dp) {
+		if routed(p) {
 			if ps.route, err = encode(RouteType, key, routeConfiguration(key, p, dp)); err != nil {
 				return nil, err
 			}
@@ -289,22 +289,26 @@ func sameButEndpoints(a, b *portSet) bool {
 
 // routed reports whether the port has a RouteConfiguration. A gRPC client that
 // dials a port of unknown protocol has thereby said what it speaks.
-func routed(p mesh.Port, dp DataPlane) bool {
-	return p.Protocol.IsHTTP() || (dp == GRPC && p.Protocol == mesh.Unknown)
-}
+func routed(p mesh.Port) bool { return p.Protocol.MayBeHTTP() }
 
 // reaches lists the clusters that calls to a port may end in.
 func reaches(key string, p mesh.Port) []string {
-	if !p.Protocol.IsHTTP() {
-		return []string{key}
-	}
 	var out []string
-	for _, r := range p.Routes {
-		for _, b := range r.Backends {
+	if !p.Protocol.IsHTTP() && !p.OnlyServerNames {
+		out = append(out, key)
+	}
+	add := func(backends []mesh.Backend) {
+		for _, b := range backends {
 			if b.Weight > 0 {
 				out = append(out, mesh.Key(b.Namespace, b.Service, b.Port))
 			}
 		}
+	}
+	for _, r := range p.Routes {
+		add(r.Backends)
+	}
+	for _, n := range p.ServerNames {
+		add(n.Backends)
 	}
 	slices.Sort(out)
 	return slices.Compact(out)

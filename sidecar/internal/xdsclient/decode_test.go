@@ -66,6 +66,9 @@ func decodeYAML(t *testing.T, k kind, text []byte) string {
 		if c := r.listener.inline; c != nil {
 			fmt.Fprintf(&s, " inline routes=%d", len(c.Routes))
 		}
+		for _, n := range r.listener.serverNames {
+			fmt.Fprintf(&s, "\n  %s to %+v", n.Name, n.Clusters)
+		}
 		s.WriteByte('\n')
 	case routes:
 		for _, x := range r.routes.Routes {
