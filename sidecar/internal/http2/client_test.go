@@ -335,8 +335,10 @@ func TestEditsApply(t *testing.T) {
 	h := post("http://svc.test/x")
 	h.Headers = []http1.Header{
 		{Name: []byte("Host"), Value: []byte("svc.test:80")},
-		{Name: []byte("Drop"), Value: []byte("1")}, {Name: []byte("Keep"), Value: []byte("2")},
-		{Name: []byte("Replace"), Value: []byte("3")}, {Name: []byte("Upgrade"), Value: []byte("websocket")},
+		{Name: []byte("Drop"), Value: []byte("1")},
+		{Name: []byte("Keep"), Value: []byte("2")},
+		{Name: []byte("Replace"), Value: []byte("3")},
+		{Name: []byte("Upgrade"), Value: []byte("websocket")},
 	}
 	e := &http1.Edit{
 		Remove: []string{"drop"}, Framing: http1.Length, Length: 2,

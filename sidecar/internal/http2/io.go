@@ -130,7 +130,7 @@ func (c *conn) unlock() {
 func (c *conn) run() error {
 	start := time.Now()
 	c.mu.Lock()
-	c.now, c.idleSince, c.headSince = start, start, start
+	c.now, c.headSince = start, start
 	c.ticking = true
 	c.tick = time.AfterFunc(c.tickEvery, c.onTick)
 	c.mu.Unlock()
@@ -358,11 +358,11 @@ func (c *conn) shutdown(err error) error {
 	switch {
 	case errors.As(err, &ce):
 		c.reasonQ = append(c.reasonQ, ce.Reason)
-		c.put(appendGoAway(c.buf(), c.peerLast, ce.Code, ce.Reason))
+		c.put(appendGoAway(c.buf(), c.lastStream(), ce.Code, ce.Reason))
 		says = true
 	case errors.Is(err, errIdle), errors.Is(err, errDrained):
 		if c.goAway != goAwayFinal {
-			c.put(appendGoAway(c.buf(), c.peerLast, NoError, ""))
+			c.put(appendGoAway(c.buf(), c.lastStream(), NoError, ""))
 		}
 		says = true
 	case c.peerErr != nil:
@@ -497,6 +497,9 @@ func (c *conn) check(now time.Time) time.Duration {
 		return c.tickEvery
 	}
 	c.trim()
+	if c.idleSince.IsZero() {
+		c.idleSince = now
+	}
 	c.ticking = false
 	if c.cfg.IdleTimeout < 0 {
 		return 0

@@ -78,6 +78,7 @@ func (c *conn) newStream(id uint32) *Stream {
 		s.recvWin = int64(c.cfg.StreamWindow)
 	}
 	c.active++
+	c.idleSince = time.Time{}
 	return s
 }
 
@@ -106,7 +107,8 @@ func kept(b []byte, most int) []byte {
 
 // ReadHead is the head of the request, on a server, where it is there already;
 // on a client, the head of the next response: interim ones (1xx) first, each of
-// which is read by a call of its own. The slices of h are valid until Release.
+// which is read by a call of its own. The slices of h are valid until Release;
+// the storage of h.Headers becomes the stream's.
 //
 // It returns os.ErrDeadlineExceeded, ErrInterrupted, a *StreamError, or what
 // ended the connection. A zero deadline is none.
@@ -151,14 +153,15 @@ func (s *Stream) ReadBody(wait bool, deadline time.Time) (data []byte, done bool
 	defer c.unlock()
 	if n := int64(len(s.span)); n > 0 {
 		s.span = s.span[:0]
-		c.giveBack(n)
-		s.giveBack(n)
+		if queued := c.giveBack(n); s.giveBack(n) || queued {
+			c.flush()
+		}
 	}
 	for {
 		switch {
 		case s.err != nil:
 			return nil, false, s.err
-		case len(s.in) > 0 && s.heads == 0:
+		case len(s.in) > 0:
 			s.span, s.in = s.in, s.span
 			return s.span, s.recvEnd, nil
 		case s.recvEnd:
@@ -182,18 +185,19 @@ func (s *Stream) Trailers() []http1.Header {
 }
 
 // giveBack tells the peer that n bytes of the stream's window were read, in
-// large portions. Called with mu held.
-func (s *Stream) giveBack(n int64) {
+// large portions, and reports whether it did now. Called with mu held.
+func (s *Stream) giveBack(n int64) (queued bool) {
 	if s.recvEnd || s.err != nil {
-		return
+		return false
 	}
 	s.unacked += n
 	if s.unacked >= max(int64(s.c.cfg.StreamWindow)/2, 1) {
 		s.c.put(appendWindowUpdate(s.c.buf(), s.id, uint32(s.unacked)))
 		s.recvWin += s.unacked
 		s.unacked = 0
-		s.c.flush()
+		return true
 	}
+	return false
 }
 
 // waitRead waits for the goroutine that reads the connection. Called with mu
@@ -674,9 +678,6 @@ func (s *Stream) release() {
 	}
 	c.recycle(s)
 	c.active--
-	if c.active == 0 {
-		c.idleSince = c.now
-	}
 	c.passCredit()
 	c.passRoom()
 	c.flush()
