@@ -297,6 +297,33 @@ func TestResetStreamsCountWhileTheirHandlersRun(t *testing.T) {
 	}
 }
 
+// Handlers that end when their stream does keep no slot; then the ration of
+// resets alone bounds what a client can have begun.
+func TestResetsAreRationedWhereHandlersAreQuick(t *testing.T) {
+	var began atomic.Int64
+	s := serve(t, nil, func(s *http2.Stream) {
+		began.Add(1)
+		_, _, _ = s.ReadBody(true, in5s())
+		s.Release()
+	})
+	r := rawClient(t, s.addr)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		repeat(20000, func(i int) error {
+			_ = r.headers(uint32(2*i+1), false, request...)
+			return r.WriteRSTStream(uint32(2*i+1), xhttp2.ErrCodeCancel)
+		})
+	})
+	if code, debug := r.goAway(); code != xhttp2.ErrCodeEnhanceYourCalm || debug != http2.ReasonRapidReset {
+		t.Errorf("GOAWAY %v %q", code, debug)
+	}
+	_ = r.nc.Close()
+	wg.Wait()
+	if n := began.Load(); n > 1000 {
+		t.Errorf("%d handlers began", n)
+	}
+}
+
 // What one connection does must not be felt on another.
 func TestAFloodedServerServesOthers(t *testing.T) {
 	s := serve(t, nil, echo)
