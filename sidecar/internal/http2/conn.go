@@ -52,7 +52,7 @@ type conn struct {
 	replies int // control frames in out
 	writing bool
 	written sync.Cond // writing has ended
-	writes  uint64    // system calls begun and ended
+	writes  uint64    // changes when a write begins and when it ends
 	werr    error
 	outQ    []*Stream // wait for room in out
 	creditQ []*Stream // wait for the connection's window

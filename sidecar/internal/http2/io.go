@@ -230,6 +230,7 @@ func (c *conn) flush() {
 		return
 	}
 	c.writing = true
+	c.writes++
 	if c.active > 1 {
 		// Others that can run now may have something to send as well.
 		c.unlock()
@@ -246,9 +247,11 @@ func (c *conn) trySend() {
 		var rest *outBuffer
 		if c.rd.raw != nil {
 			buf := c.take()
+			c.writes++
 			c.mu.Unlock()
 			n, err := tryWrite(c.rd.raw, buf.b)
 			c.mu.Lock()
+			c.writes++
 			if err == nil && n == len(buf.b) {
 				recycleBuffer(buf)
 				c.writing = false
@@ -260,6 +263,7 @@ func (c *conn) trySend() {
 			buf.b = buf.b[:copy(buf.b, buf.b[n:])]
 			rest = buf
 		}
+		c.writes++ // not stuck until it has begun
 		c.wg.Go(func() {
 			c.mu.Lock()
 			c.send(rest, true)
@@ -481,6 +485,7 @@ func (c *conn) check(now time.Time) time.Duration {
 	if c.mayFlush() {
 		// Nobody waits for this; whoever queued it has not flushed it yet.
 		c.writing = true
+		c.writes++
 		c.wg.Go(func() {
 			c.mu.Lock()
 			c.send(nil, true)

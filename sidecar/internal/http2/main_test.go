@@ -387,11 +387,11 @@ func TestClientAsksAnotherImplementation(t *testing.T) {
 func TestManyStreamsAtOnce(t *testing.T) {
 	s := serve(t, &http2.Config{StreamWindow: 1000, MaxStreams: 100}, echo)
 	c := dial(t, s.addr, &http2.Config{StreamWindow: 777})
-	body := bytes.Repeat([]byte("x"), 50_000)
+	body := bytes.Repeat([]byte("x"), 20_000)
 	var wg sync.WaitGroup
 	for range 50 {
 		wg.Go(func() {
-			for range 10 {
+			for range 4 {
 				st, err := c.Open()
 				if err != nil {
 					t.Error(err)
