@@ -772,3 +772,9 @@ func (c *conn) passRoom() {
 		}
 	}
 }
+
+// passOn wakes who can use what this stream leaves of room and of credit.
+func (c *conn) passOn() {
+	c.passRoom()
+	c.passCredit()
+}

@@ -403,6 +403,7 @@ func (s *Stream) WriteHead(h *http1.Head, e *http1.Edit, end bool) error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	if err := s.room(time.Time{}); err != nil {
 		s.unprocessed = s.unprocessed || !c.server && s.id == 0
 		return err
@@ -481,6 +482,7 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	if !s.sentFinal {
 		return errOrder
 	}
@@ -494,12 +496,12 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 				c.flush()
 				continue
 			}
+			c.passOn() // what this stream was woken for and cannot use
 			if s.sendWin > 0 && !s.inCreditQ {
 				s.inCreditQ = true
 				c.creditQ = append(c.creditQ, s)
 			}
 			if err := s.waitWrite(deadline); err != nil {
-				c.passCredit()
 				return err
 			}
 			continue
@@ -521,8 +523,6 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 			if end {
 				s.endSend()
 			}
-			c.passRoom()
-			c.passCredit()
 			return nil
 		}
 	}
@@ -534,6 +534,7 @@ func (s *Stream) WriteTrailers(t []http1.Header) error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	if !s.sentFinal {
 		return errOrder
 	}
@@ -561,6 +562,7 @@ func (s *Stream) Flush() error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	c.flush()
 	for c.queued() >= maxQueued && s.err == nil && c.err == nil && c.werr == nil {
 		if !c.writing {
@@ -678,8 +680,7 @@ func (s *Stream) release() {
 	}
 	c.recycle(s)
 	c.active--
-	c.passCredit()
-	c.passRoom()
+	c.passOn()
 	c.flush()
 	c.endIfDrained()
 }
