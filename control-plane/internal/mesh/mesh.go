@@ -55,6 +55,9 @@ type Port struct {
 	Protocol Protocol
 	// Endpoints by address. Empty means that every call is answered 503 UH.
 	Endpoints []Endpoint
+	// Identities are the SPIFFE IDs of the endpoints that take mutual TLS, sorted;
+	// none where none does.
+	Identities []string
 	// Routes in order of precedence (Gateway API, HTTPRouteRule.matches). Where
 	// no HTTPRoute is attached to an HTTP port there is one, the implicit route
 	// named "default" to the port itself. Where some are attached there is no
@@ -81,7 +84,9 @@ type Endpoint struct {
 	// Workload that the instance belongs to.
 	Workload       string
 	ServiceAccount string
-	Zone           string
+	// MTLS: the endpoint takes mutual TLS from the proxies of other workloads.
+	MTLS bool
+	Zone string
 	// Ready is false for endpoints that should get no new requests.
 	Ready bool
 }
