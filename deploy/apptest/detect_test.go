@@ -99,6 +99,11 @@ spec:
 	}
 }
 
+func TestDetectionOnSidecars(t *testing.T) {
+	t.Parallel()
+	detects(t, ourSidecar{})
+}
+
 func TestDetectionOnEnvoy(t *testing.T) {
 	t.Parallel()
 	detects(t, realEnvoy{envoyBinary(t)})

@@ -342,6 +342,12 @@ func decodeCluster(b []byte) (cluster, error) {
 	if out.Outlier, err = outlierDetection(c.GetOutlierDetection()); err != nil {
 		return out, fmt.Errorf("outlier_detection.%w", err)
 	}
+	if err := transportSockets(&c, &out.Cluster); err != nil {
+		return out, err
+	}
+	if err := protocolOptions(&c, &out.Cluster); err != nil {
+		return out, err
+	}
 	return out, breakerMetadata(c.GetMetadata(), &out.Cluster)
 }
 
@@ -501,6 +507,9 @@ func endpoint(in *endpointv3.LbEndpoint) (balance.Endpoint, error) {
 	}
 	if w := in.GetLoadBalancingWeight(); w != nil {
 		out.Weight = max(w.GetValue(), 1)
+	}
+	if err := endpointTLS(in.GetMetadata(), &out); err != nil {
+		return out, err
 	}
 	return out, endpointMetadata(in.GetMetadata(), &out)
 }
