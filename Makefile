@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 20
 DEMO_SECONDS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers bench-sidecar clean
+.PHONY: help build demo test check fuzz golden peers h2spec bench-sidecar clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ golden: ## rewrite the expectations of golden tests; review the diff
 
 peers: ## test the outputs against real servers (Elasticsearch, VictoriaMetrics, fluentd's own library)
 	@tools/peers.sh
+
+h2spec: ## run the h2spec suite against the ports of real sidecars
+	@tools/h2spec.sh
 
 bench-sidecar: ## measure the sidecar beside nginx, HAProxy, Envoy and others; BENCH_QUICK=1 takes 2 minutes, not 15
 	@mkdir -p $(CACHE)/bench/bin

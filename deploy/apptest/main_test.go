@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 )
@@ -19,7 +20,25 @@ var built string
 var skipped atomic.Int32
 
 func TestMain(m *testing.M) {
+	if job := os.Getenv(jobVariable); job != "" {
+		if err := work(job); err != nil {
+			fmt.Fprintln(os.Stderr, "apptest:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	os.Exit(runTests(m))
+}
+
+// work does the job of a process that again has started.
+func work(job string) error {
+	kind, name, _ := strings.Cut(job, ":")
+	switch kind {
+	case "interop":
+		return interopJob(name)
+	default:
+		return fmt.Errorf("%s=%s is no job", jobVariable, job)
+	}
 }
 
 func runTests(m *testing.M) int {
