@@ -414,7 +414,7 @@ const envoyHTTP2Cluster = `    typed_extension_protocol_options:
         explicit_http_config: {http2_protocol_options: {}}
 `
 
-const envoyTLS = `common_tls_context: {tls_params: {tls_minimum_protocol_version: TLSv1_3}, tls_certificates: [{certificate_chain: {filename: "{{certs}}/{{side}}.pem"}, private_key: {filename: "{{certs}}/{{side}}.key"}}], validation_context: {trusted_ca: {filename: "{{certs}}/ca.pem"}}}`
+const envoyTLS = `common_tls_context: {tls_params: {tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}, tls_certificates: [{certificate_chain: {filename: "{{certs}}/{{side}}.pem"}, private_key: {filename: "{{certs}}/{{side}}.key"}}], validation_context: {trusted_ca: {filename: "{{certs}}/ca.pem"}}}`
 
 const envoyTLSServer = `      transport_socket: {name: envoy.transport_sockets.tls, typed_config: {"@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext, require_client_certificate: true, ` + envoyTLS + "}}\n"
 
@@ -448,7 +448,7 @@ func launchEnvoy(_ context.Context, w *world, s scenario, dir string) (*running,
 			return err
 		}
 		r.logs = append(r.logs, log)
-		return r.run(dir, name, nil, w.tools.envoy, "-c", file, "--disable-hot-restart", "--concurrency", strconv.Itoa(workers), "--log-level", "warning")
+		return r.run(dir, name, nil, w.tools.envoy, "-c", file, "--disable-hot-restart", "--concurrency", strconv.Itoa(workers), "--log-level", "error")
 	}
 	up := w.ports[s.protocol]
 	if s.pair {

@@ -266,6 +266,18 @@ func (g *grpc) Grow(id uint32, by int64) {
 	if s := g.streams[id]; s != nil {
 		s.stream.window += by
 	}
+	g.resume()
+}
+
+// Shift implements frames.Events.
+func (g *grpc) Shift(by int64) {
+	for _, s := range g.streams {
+		s.stream.window += by
+	}
+	g.resume()
+}
+
+func (g *grpc) resume() {
 	again := g.blocked
 	g.blocked = nil
 	for _, s := range again {
@@ -277,6 +289,9 @@ func (g *grpc) Grow(id uint32, by int64) {
 
 // Frame implements frames.Events.
 func (g *grpc) Frame(f frames.Frame) error {
+	if g.conn.NoTable {
+		return errors.New("the other side takes no table for header compression, which these requests are prepared for")
+	}
 	g.status, g.outcome = "", ""
 	if f.Kind == frames.Headers {
 		if _, err := g.decoder.Write(f.Payload); err != nil {
@@ -289,6 +304,9 @@ func (g *grpc) Frame(f frames.Frame) error {
 	s := g.streams[f.Stream]
 	if s == nil {
 		return fmt.Errorf("a frame for stream %d, which is not open", f.Stream)
+	}
+	if f.Kind == frames.Reset {
+		return fmt.Errorf("stream %d was reset with code %x", f.Stream, f.Payload)
 	}
 	k := &s.stream
 	if f.Kind == frames.Data {

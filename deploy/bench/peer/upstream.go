@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"runtime"
 	"strconv"
 	"time"
@@ -143,8 +145,12 @@ func (g *grpc) Receive(c *loop.Conn, data []byte) (used int, err error) {
 	return used + n, err
 }
 
-// Closed implements loop.Handler.
-func (*grpc) Closed(*loop.Conn, error) {}
+// Closed implements loop.Handler. What a proxy says wrong is worth reading.
+func (*grpc) Closed(_ *loop.Conn, err error) {
+	if err != nil && !errors.Is(err, io.EOF) {
+		fmt.Fprintln(os.Stderr, "peer: gRPC:", err)
+	}
+}
 
 // Frame implements frames.Events.
 func (g *grpc) Frame(f frames.Frame) error {
@@ -152,6 +158,10 @@ func (g *grpc) Frame(f frames.Frame) error {
 	if f.Kind == frames.Headers && k == nil {
 		k = &call{window: g.conn.Initial}
 		g.calls[f.Stream] = k
+	}
+	if f.Kind == frames.Reset {
+		delete(g.calls, f.Stream) // the caller no longer wants it
+		return nil
 	}
 	if k == nil {
 		return fmt.Errorf("data for stream %d, which is not open", f.Stream)
@@ -174,6 +184,18 @@ func (g *grpc) Grow(stream uint32, by int64) {
 	if k := g.calls[stream]; k != nil {
 		k.window += by
 	}
+	g.resume()
+}
+
+// Shift implements frames.Events.
+func (g *grpc) Shift(by int64) {
+	for _, k := range g.calls {
+		k.window += by
+	}
+	g.resume()
+}
+
+func (g *grpc) resume() {
 	again := g.blocked
 	g.blocked = nil
 	for _, id := range again {
@@ -190,8 +212,12 @@ func (g *grpc) serve(id uint32, k *call) {
 	}
 	if !k.headers {
 		block := g.headers.First
-		if g.spoken {
+		switch {
+		case g.conn.NoTable:
+			block = g.headers.Plain
+		case g.spoken:
 			block = g.headers.Later
+		default:
 		}
 		g.out = frames.Append(g.out, frames.Headers, frames.EndHeaders, id, block)
 		k.headers, g.spoken = true, true
