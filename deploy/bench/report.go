@@ -36,8 +36,7 @@ func rows(s scenario, figs map[string]*figures) []row {
 			continue
 		}
 		if f.failed != "" {
-			reason, _, _ := strings.Cut(f.failed, "\n")
-			out = append(out, row{p.name, reason})
+			out = append(out, row{p.name, brief(f.failed)})
 			continue
 		}
 		r := row{p.name, "-", "-", "-", fmt.Sprintf("%.0f", f.rps.Median())}
@@ -61,6 +60,15 @@ func rows(s scenario, figs map[string]*figures) []row {
 		out = append(out, append(r, mb(f.rss), mb(f.rss64), idle))
 	}
 	return out
+}
+
+// brief is the beginning of a reason, for a table.
+func brief(reason string) string {
+	line, _, _ := strings.Cut(reason, "\n")
+	if len(line) > 160 {
+		line = strings.ToValidUTF8(line[:160], "") + " ..."
+	}
+	return line
 }
 
 // table is a scenario for a terminal.
@@ -98,8 +106,7 @@ func comparisons(scenario string, figs map[string]*figures) []string {
 		what := fmt.Sprintf("%s of ours is at most %.2fx %s's", t.figure, t.atMost, t.peer)
 		switch {
 		case c.missing != "":
-			reason, _, _ := strings.Cut(c.missing, "\n")
-			out = append(out, fmt.Sprintf("?     %s: no ratio: %s", what, reason))
+			out = append(out, fmt.Sprintf("?     %s: no ratio: %s", what, brief(c.missing)))
 		case c.met():
 			out = append(out, fmt.Sprintf("PASS  %s: %.2fx (%.2f..%.2f)", what, c.ratio, c.least, c.most))
 		default:
@@ -182,5 +189,5 @@ func writeDocs(dir string, m machine, p plan, all results) error {
 	if err := os.WriteFile(filepath.Join(dir, "bench-sidecar.md"), []byte(page(m, p, all)), 0o644); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "bench-sidecar.svg"), []byte(picture(all)), 0o644)
+	return os.WriteFile(filepath.Join(dir, "bench-sidecar.svg"), []byte(picture(p, all)), 0o644)
 }

@@ -156,6 +156,9 @@ func (c *Conn) Receive(data []byte, out *[]byte, to Events) (used int, err error
 	for len(data)-used >= headerLen {
 		h := data[used:]
 		n := int(h[0])<<16 | int(h[1])<<8 | int(h[2])
+		if bytes.HasPrefix(h, []byte("HTTP/1")) {
+			return used, errors.New("the other side answers in HTTP/1")
+		}
 		if n > maxFrame {
 			return used, fmt.Errorf("frame of %d bytes, more than %d", n, maxFrame)
 		}

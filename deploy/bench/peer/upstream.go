@@ -93,8 +93,8 @@ func (e *echo) Receive(c *loop.Conn, data []byte) (int, error) {
 // Closed implements loop.Handler.
 func (*echo) Closed(*loop.Conn, error) {}
 
-// grpc answers calls of either kind: one message for each that has come.
-type grpc struct {
+// calls answers calls of either kind: one message for each that has come.
+type calls struct {
 	conn    frames.Conn
 	open    bool // the preface has come
 	stream  bool // calls are streams
@@ -123,12 +123,12 @@ var (
 // question is how long a caller's message is with its prefix.
 const question = load.Question + 5
 
-func newGRPC(headers frames.Blocks, stream bool) *grpc {
-	return &grpc{headers: headers, stream: stream, calls: map[uint32]*call{}}
+func newGRPC(headers frames.Blocks, stream bool) *calls {
+	return &calls{headers: headers, stream: stream, calls: map[uint32]*call{}}
 }
 
 // Receive implements loop.Handler.
-func (g *grpc) Receive(c *loop.Conn, data []byte) (used int, err error) {
+func (g *calls) Receive(c *loop.Conn, data []byte) (used int, err error) {
 	g.out = g.out[:0]
 	if !g.open {
 		if len(data) < len(frames.Preface) {
@@ -146,14 +146,14 @@ func (g *grpc) Receive(c *loop.Conn, data []byte) (used int, err error) {
 }
 
 // Closed implements loop.Handler. What a proxy says wrong is worth reading.
-func (*grpc) Closed(_ *loop.Conn, err error) {
+func (*calls) Closed(_ *loop.Conn, err error) {
 	if err != nil && !errors.Is(err, io.EOF) {
 		fmt.Fprintln(os.Stderr, "peer: gRPC:", err)
 	}
 }
 
 // Frame implements frames.Events.
-func (g *grpc) Frame(f frames.Frame) error {
+func (g *calls) Frame(f frames.Frame) error {
 	k := g.calls[f.Stream]
 	if f.Kind == frames.Headers && k == nil {
 		k = &call{window: g.conn.Initial}
@@ -180,7 +180,7 @@ func (g *grpc) Frame(f frames.Frame) error {
 }
 
 // Grow implements frames.Events.
-func (g *grpc) Grow(stream uint32, by int64) {
+func (g *calls) Grow(stream uint32, by int64) {
 	if k := g.calls[stream]; k != nil {
 		k.window += by
 	}
@@ -188,14 +188,14 @@ func (g *grpc) Grow(stream uint32, by int64) {
 }
 
 // Shift implements frames.Events.
-func (g *grpc) Shift(by int64) {
+func (g *calls) Shift(by int64) {
 	for _, k := range g.calls {
 		k.window += by
 	}
 	g.resume()
 }
 
-func (g *grpc) resume() {
+func (g *calls) resume() {
 	again := g.blocked
 	g.blocked = nil
 	for _, id := range again {
@@ -206,7 +206,7 @@ func (g *grpc) resume() {
 	}
 }
 
-func (g *grpc) serve(id uint32, k *call) {
+func (g *calls) serve(id uint32, k *call) {
 	if !g.stream && !k.ended {
 		return
 	}
