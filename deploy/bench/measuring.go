@@ -151,7 +151,7 @@ func (b *bench) check(ctx context.Context, r *running) (err error) {
 			return err
 		}
 	}
-	return c.Finish()
+	return c.Finish(ctx)
 }
 
 // memory measures what a new instance holds.
@@ -297,7 +297,7 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 		l.p99 = append(l.p99, micros(res.Latency.Quantile(0.99)))
 		l.kept = min(l.kept, res.Rate()/float64(rate))
 	}
-	if err := c.Finish(); err != nil {
+	if err := c.Finish(ctx); err != nil {
 		return err
 	}
 	return r.countLogs(f, false)

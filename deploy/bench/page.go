@@ -59,7 +59,7 @@ func page(m machine, p plan, all results) string {
 		line("`%s`: %d connections%s; a request is a %s.\n", s.name, s.conns, map[bool]string{true: fmt.Sprintf(" with %d streams each", s.streams)}[s.streams > 1], s.unit)
 		var missing []string
 		line("| %s |\n|---%s|", strings.Join(columns, " | "), strings.Repeat("|--:", len(columns)-1))
-		for _, r := range rows(s, all[s.name]) {
+		for _, r := range rows(all[s.name]) {
 			if len(r) == 2 {
 				missing = append(missing, fmt.Sprintf("**No figures for %s**: %s", r[0], r[1]))
 				continue

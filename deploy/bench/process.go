@@ -22,10 +22,9 @@ import (
 type process struct {
 	name   string
 	cmd    *exec.Cmd
-	stdout string // file
-	stderr string // file
-	done   chan struct{}
-	err    error // valid once done is closed
+	stdout string        // file
+	stderr string        // file
+	done   chan struct{} // closed when it has ended
 }
 
 // start runs a program whose output goes to files in dir. Both are opened for
@@ -55,7 +54,7 @@ func start(dir, name string, env []string, program string, args ...string) (*pro
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go func() {
-		p.err = p.cmd.Wait()
+		_ = p.cmd.Wait() // ProcessState says how it ended
 		close(p.done)
 	}()
 	return p, nil
@@ -83,7 +82,7 @@ func (p *process) stop() {
 func (p *process) ended() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s has ended (%v): %s", p.name, p.err, p.words())
+		return fmt.Errorf("%s has ended (%s): %s", p.name, p.cmd.ProcessState, p.words())
 	default:
 		return nil
 	}

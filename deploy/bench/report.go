@@ -21,7 +21,7 @@ var columns = row{"", "CPU us", "min..max", "ours/it", "req/s", "p50", "p99", "p
 
 // rows are the lines of a scenario; those of peers without figures have a
 // reason after their name.
-func rows(s scenario, figs map[string]*figures) []row {
+func rows(figs map[string]*figures) []row {
 	var out []row
 	ours := figs["ours"]
 	mb := func(kb int) string {
@@ -77,14 +77,14 @@ func table(s scenario, figs map[string]*figures) string {
 	fmt.Fprintf(&b, "%s: %s; CPU and req/s: %d in flight; latency in us at %d/s from when it was due\n", s.name, s.title, s.conns*s.streams, comparedRate)
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "  "+strings.Join(columns, "\t"))
-	for _, r := range rows(s, figs) {
+	for _, r := range rows(figs) {
 		if len(r) == 2 {
 			continue
 		}
 		fmt.Fprintln(w, "  "+strings.Join(r, "\t"))
 	}
 	_ = w.Flush() // a builder takes everything
-	for _, r := range rows(s, figs) {
+	for _, r := range rows(figs) {
 		if len(r) == 2 {
 			fmt.Fprintf(&b, "  %s: NO FIGURES: %s\n", r[0], r[1])
 		}
@@ -165,7 +165,7 @@ type machine struct {
 	versions                     [][2]string
 }
 
-func machineHere(p plan, w *world, took time.Duration) machine {
+func machineHere(w *world, took time.Duration) machine {
 	m := machine{goVersion: runtime.Version(), date: time.Now().UTC().Format(time.DateOnly), took: took.Round(time.Minute).String(), versions: w.tools.versions}
 	m.processor = fmt.Sprintf("%d processors of an unknown kind", workers)
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
@@ -180,6 +180,9 @@ func machineHere(p plan, w *world, took time.Duration) machine {
 	if err := unix.Uname(&u); err == nil {
 		release, _, _ := strings.Cut(unix.ByteSliceToString(u.Release[:]), "-")
 		m.kernel = "Linux " + release + " " + unix.ByteSliceToString(u.Machine[:])
+	}
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"); err == nil {
+		m.kernel += " with TCP congestion control " + strings.TrimSpace(string(b))
 	}
 	return m
 }

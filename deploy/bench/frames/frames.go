@@ -202,12 +202,12 @@ func (c *Conn) frame(kind, flags byte, stream uint32, p []byte, out *[]byte, to 
 		}
 		for ; len(p) >= 6; p = p[6:] {
 			id, v := binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:])
-			switch {
-			case id == 0x4:
+			switch id {
+			case 0x4:
 				by := int64(v) - c.Initial
 				c.Initial = int64(v)
 				to.Shift(by)
-			case id == 0x1:
+			case 0x1:
 				c.NoTable = v < tableSize
 			default:
 			}

@@ -123,6 +123,7 @@ func (raw) Name() string { return "raw" }
 func (raw) Marshal(v any) (mem.BufferSlice, error) {
 	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil
 }
+
 func (raw) Unmarshal(data mem.BufferSlice, v any) error {
 	*v.(*[]byte) = data.Materialize()
 	return nil
@@ -181,7 +182,7 @@ func TestGRPCCallsAndStreams(t *testing.T) {
 		if err != nil || r.Requests != 50 {
 			t.Errorf("%s: %d requests, %v", protocol, r.Requests, err)
 		}
-		if err := c.Finish(); err != nil {
+		if err := c.Finish(t.Context()); err != nil {
 			t.Errorf("%s: %v", protocol, err)
 		}
 		if int64(total+r.Requests) != served.Load() {
@@ -200,7 +201,7 @@ func TestGRPCStatusIsChecked(t *testing.T) {
 	if _, err := c.Once(t.Context(), 1); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Finish(); err == nil || !strings.Contains(err.Error(), `grpc-status "13"`) {
+	if err := c.Finish(t.Context()); err == nil || !strings.Contains(err.Error(), `grpc-status "13"`) {
 		t.Errorf("the end of a stream: %v", err)
 	}
 }

@@ -76,6 +76,7 @@ func (raw) Name() string { return "raw" }
 func (raw) Marshal(v any) (mem.BufferSlice, error) {
 	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil
 }
+
 func (raw) Unmarshal(data mem.BufferSlice, v any) error {
 	*v.(*[]byte) = data.Materialize()
 	return nil
@@ -162,7 +163,7 @@ func TestPeersCarry(t *testing.T) {
 		if r, err := c.Closed(ctx, 50*time.Millisecond); err != nil || r.Requests == 0 {
 			t.Errorf("%s: %d requests, %v", protocol, r.Requests, err)
 		}
-		if err := errors.Join(c.Finish(), c.Close()); err != nil {
+		if err := errors.Join(c.Finish(ctx), c.Close()); err != nil {
 			t.Errorf("%s: %v", protocol, err)
 		}
 		cancel()
@@ -171,7 +172,7 @@ func TestPeersCarry(t *testing.T) {
 		}
 	}
 	f(load.TCPEcho, relay, options{})
-	f(load.HTTP1Large, relay, options{})
+	f(load.HTTP1Large, relay, options{splice: true})
 	f(load.HTTP1Small, reverseProxy, options{})
 	f(load.GRPCUnary, reverseProxy, options{http2: true})
 	f(load.GRPCStream, reverseProxy, options{http2: true})

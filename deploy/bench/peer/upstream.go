@@ -34,8 +34,8 @@ func upstream(ctx context.Context, stdout io.Writer) error {
 	headers := frames.Prepare(hpack.HeaderField{Name: ":status", Value: "200"}, hpack.HeaderField{Name: "content-type", Value: "application/grpc"})
 	ports := map[string]netip.AddrPort{}
 	for name, accept := range map[string]func() loop.Handler{
-		load.HTTP1Small: func() loop.Handler { return http1(small) },
-		load.HTTP1Large: func() loop.Handler { return http1(large) },
+		load.HTTP1Small: func() loop.Handler { return small },
+		load.HTTP1Large: func() loop.Handler { return large },
 		load.TCPEcho:    func() loop.Handler { return new(echo) },
 		load.GRPCUnary:  func() loop.Handler { return newGRPC(headers, false) },
 		load.GRPCStream: func() loop.Handler { return newGRPC(headers, true) },
