@@ -26,7 +26,7 @@ type bench struct {
 
 // Times of a round beside the closed loop, whose length the plan says.
 const (
-	warmUp = 200 * time.Millisecond // of each loop
+	warmUp = 100 * time.Millisecond // of each loop
 	settle = 300 * time.Millisecond // after a start, before memory is read
 )
 
@@ -279,11 +279,19 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 			return err
 		}
 		// The first rate is the one that is compared; the others show what load does.
-		d := b.plan.length
+		d := b.plan.length * 3 / 4
 		if i > 0 {
-			d /= 2
+			d = b.plan.length / 4
+		}
+		before, err := use(r.proxies)
+		if err != nil {
+			return err
 		}
 		res, err := asked(c.Open(ctx, rate, d))
+		if err != nil {
+			return err
+		}
+		after, err := use(r.proxies)
 		if err != nil {
 			return err
 		}
@@ -295,6 +303,7 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 		l.all.Merge(res.Latency)
 		l.p50 = append(l.p50, micros(res.Latency.Quantile(0.5)))
 		l.p99 = append(l.p99, micros(res.Latency.Quantile(0.99)))
+		l.cpu = append(l.cpu, micros(after.minus(before).cpu)/float64(res.Requests))
 		l.kept = min(l.kept, res.Rate()/float64(rate))
 	}
 	if err := c.Finish(ctx); err != nil {

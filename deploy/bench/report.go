@@ -17,7 +17,7 @@ import (
 // row is a peer's line in a table, as text.
 type row []string
 
-var columns = row{"", "CPU us", "min..max", "ours/it", "req/s", "p50", "p99", "p99.9", "RSS MB", "64 idle", "10k idle"}
+var columns = row{"", "CPU us", "min..max", "ours/it", "req/s", "CPU us at 1k/s", "p50", "p99", "p99.9", "RSS MB", "64 idle", "10k idle"}
 
 // rows are the lines of a scenario; those of peers without figures have a
 // reason after their name.
@@ -49,9 +49,13 @@ func rows(figs map[string]*figures) []row {
 			}
 		}
 		if l := f.open[comparedRate]; l != nil {
-			r = append(r, fmt.Sprintf("%.0f", l.p50.Median()), fmt.Sprintf("%.0f", l.p99.Median()), fmt.Sprintf("%.0f", micros(l.all.Quantile(0.999))))
+			cpu := "-"
+			if p.name != "direct" {
+				cpu = fmt.Sprintf("%.1f", l.cpu.Median())
+			}
+			r = append(r, cpu, fmt.Sprintf("%.0f", l.p50.Median()), fmt.Sprintf("%.0f", l.p99.Median()), fmt.Sprintf("%.0f", micros(l.all.Quantile(0.999))))
 		} else {
-			r = append(r, "-", "-", "-")
+			r = append(r, "-", "-", "-", "-")
 		}
 		idle := mb(f.rss10k)
 		if f.rss10k != 0 && f.idle != 10_000 {
@@ -74,7 +78,7 @@ func brief(reason string) string {
 // table is a scenario for a terminal.
 func table(s scenario, figs map[string]*figures) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s; CPU and req/s: %d in flight; latency in us at %d/s from when it was due\n", s.name, s.title, s.conns*s.streams, comparedRate)
+	fmt.Fprintf(&b, "%s: %s; CPU and req/s with %d in flight; then at %d/s, latency in us from when it was due\n", s.name, s.title, s.conns*s.streams, comparedRate)
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "  "+strings.Join(columns, "\t"))
 	for _, r := range rows(figs) {

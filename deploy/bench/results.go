@@ -33,6 +33,7 @@ type figures struct {
 // latency is what an open loop of one rate has seen.
 type latency struct {
 	all      measure.Histogram
+	cpu      measure.Rounds // as in the closed loop; a proxy that often wakes up for one request needs more
 	p50, p99 measure.Rounds // microseconds, a round
 	kept     float64        // share of the rate that was asked, the worst round
 }
@@ -66,6 +67,7 @@ type entry struct {
 
 // atRate is an open loop of one rate.
 type atRate struct {
+	CPU  float64 `json:"cpu_us"`
 	P50  float64 `json:"p50_us"`
 	P99  float64 `json:"p99_us"`
 	P999 float64 `json:"p999_us"`
@@ -87,7 +89,7 @@ func entryOf(f *figures) entry {
 		e.Spread[name] = [2]float64{least, most}
 	}
 	for rate, l := range f.open {
-		e.At[strconv.Itoa(rate)] = atRate{l.p50.Median(), l.p99.Median(), micros(l.all.Quantile(0.999)), l.kept}
+		e.At[strconv.Itoa(rate)] = atRate{l.cpu.Median(), l.p50.Median(), l.p99.Median(), micros(l.all.Quantile(0.999)), l.kept}
 	}
 	if l := f.open[comparedRate]; l != nil {
 		e.P50, e.P99, e.P999 = l.p50.Median(), l.p99.Median(), micros(l.all.Quantile(0.999))
