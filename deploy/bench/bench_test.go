@@ -74,12 +74,16 @@ func TestTargetsSayWhatBecameOfThem(t *testing.T) {
 	want := `PASS  CPU of ours is at most 1.15x relay's: 1.10x (1.10..1.10)
 PASS  CPU of ours is at most 0.90x haproxy's: 0.73x (0.73..0.73)
 PASS  CPU of ours is at most 0.40x envoy's: 0.22x (0.22..0.22)
-MISS  p99 added at 1,000/s of ours is at most 0.50x envoy's: 0.75x (0.75..0.75)
+MISS  p99 added at 1,000/s of ours is at most 0.50x envoy's: 0.75x (150 us beside 200 us)
 PASS  memory of ours without connections: 15.0 MB, at most 20.0
 PASS  heap of ours for each of 9800 idle connections: 0.9 KiB, at most 1.0
       goroutines of ours for each: 1.00`
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
+	}
+	all["h1_1k"]["envoy"].open[comparedRate].p99 = measure.Rounds{400, 90}
+	if got := comparisons("h1_1k", all["h1_1k"])[3]; !strings.HasSuffix(got, "no ratio: nothing to compare 150 us beside -10 us") {
+		t.Errorf("faster than without a proxy: %s", got)
 	}
 	all["h1_1k"]["envoy"] = &figures{failed: "round 2: not a 200"}
 	delete(all["h1_1k"], "relay")

@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/deploy/bench/measure"
@@ -121,8 +123,9 @@ func writeJSON(path string, all results) error {
 // compared is a figure of ours beside a peer's.
 type compared struct {
 	target
-	ratio, least, most float64
-	missing            string // why there is no ratio
+	ratio   float64
+	detail  string // what it is the ratio of
+	missing string // why there is no ratio
 }
 
 func (c compared) met() bool { return c.missing == "" && c.ratio <= c.atMost }
@@ -143,27 +146,32 @@ func compare(t target, peers map[string]*figures) compared {
 	us, them := peers["ours"], peers[t.peer]
 	switch t.figure {
 	case figureCPU:
-		c.ratio, c.least, c.most = measure.Ratio(us.cpu, them.cpu)
+		ratio, least, most := measure.Ratio(us.cpu, them.cpu)
+		c.ratio, c.detail = ratio, fmt.Sprintf("%.2f..%.2f", least, most)
 	case figureAdded:
 		direct := peers["direct"]
 		if direct == nil || direct.failed != "" {
 			c.missing = "direct was not measured"
 			return c
 		}
-		added := func(f *figures) (r measure.Rounds) {
-			for i, v := range f.open[comparedRate].p99 {
-				if base := direct.open[comparedRate].p99; i < len(base) {
-					r = append(r, v-base[i])
-				}
-			}
-			return r
+		// A disturbance adds to a p99 and never takes away: the least of all rounds
+		// is the least disturbed.
+		added := func(f *figures) float64 {
+			least, _ := f.open[comparedRate].p99.Spread()
+			base, _ := direct.open[comparedRate].p99.Spread()
+			return least - base
 		}
-		c.ratio, c.least, c.most = measure.Ratio(added(us), added(them))
+		mine, theirs := added(us), added(them)
+		c.detail = fmt.Sprintf("%.0f us beside %.0f us", mine, theirs)
+		if theirs > 0 {
+			c.ratio = max(mine, 0) / theirs
+			return c
+		}
 	default:
 		c.missing = "no such figure"
 	}
 	if c.ratio <= 0 && c.missing == "" {
-		c.missing = "nothing to compare"
+		c.missing = strings.TrimSpace("nothing to compare " + c.detail)
 	}
 	return c
 }
