@@ -209,6 +209,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		return err
 	}
 	defer up.stop()
+	w.upstream = up
 
 	all := results{}
 	for _, s := range p.scenarios {
@@ -227,6 +228,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		fmt.Fprintf(stdout, "\n%s\n", table(s, b.figures))
 	}
 	m := machineHere(w, time.Since(began))
+	if s := strangers(all); s != "" {
+		fmt.Fprintln(stdout, s)
+	}
 	fmt.Fprintf(stdout, "%s\nWritten: %s (%s)\n", verdicts(all), filepath.Join(cache, "sidecar.json"), time.Since(began).Round(time.Second))
 	if p.docs {
 		if err := writeDocs(filepath.Join(p.root, "docs"), m, p, all); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 
@@ -257,7 +258,8 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 	if _, err := asked(c.Closed(ctx, warmUp)); err != nil {
 		return err
 	}
-	before, err := use(r.proxies)
+	known := slices.Concat(r.proxies, r.others, []*process{b.world.upstream})
+	before, err := look(r.proxies, known)
 	if err != nil {
 		return err
 	}
@@ -265,11 +267,12 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 	if err != nil {
 		return err
 	}
-	after, err := use(r.proxies)
+	after, err := look(r.proxies, known)
 	if err != nil {
 		return err
 	}
-	used, n := after.minus(before), float64(res.Requests)
+	f.strangers = append(f.strangers, max(0, float64(after.busy-before.busy-(after.own-before.own)))/float64(workers*res.Took))
+	used, n := after.proxies.minus(before.proxies), float64(res.Requests)
 	f.rps = append(f.rps, res.Rate())
 	f.cpu = append(f.cpu, micros(used.cpu)/n)
 	f.cpuStat = append(f.cpuStat, micros(used.stat)/n)
@@ -310,6 +313,23 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 		return err
 	}
 	return r.countLogs(f, false)
+}
+
+// glance is what was used up to a moment.
+type glance struct {
+	proxies   usage
+	own, busy time.Duration // by the benchmark with all that it started; by anyone
+}
+
+func look(proxies, known []*process) (g glance, err error) {
+	if g.proxies, err = use(proxies); err != nil {
+		return g, err
+	}
+	if g.own, err = own(known); err != nil {
+		return g, err
+	}
+	g.busy, err = busy()
+	return g, err
 }
 
 // countLogs counts the lines of the access logs and empties them: they grow by

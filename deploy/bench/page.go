@@ -19,6 +19,9 @@ func page(m machine, p plan, all results) string {
 	line("those of one machine. `make bench-sidecar` repeats all of it on yours.\n")
 	line("![CPU time a request, relative to a raw TCP relay](bench-sidecar.svg)\n")
 
+	if s := strangers(all); strings.HasPrefix(s, "DISTURBED") {
+		line("**%s**\n", s)
+	}
 	line("## CPU a request: ours as a share of theirs\n")
 	line("Ratio of the medians; in brackets, the smallest and the largest ratio of a round. Below 1 the sidecar takes less.\n")
 	var others []peer
@@ -76,6 +79,9 @@ func page(m machine, p plan, all results) string {
 
 	line("\n## How it is measured\n")
 	line("- %s, %s, %s, %s; on %s, in %s. Everything runs on loopback and shares two processors: load, upstream and proxy.", m.processor, m.kernel, m.goVersion, "GOMAXPROCS and workers of each proxy: "+fmt.Sprint(workers), m.date, m.took)
+	if s := strangers(all); s != "" {
+		line("- %s", strings.TrimPrefix(s, "DISTURBED: "))
+	}
 	line("- %d rounds. In each, every peer has its turn: %s of a closed loop with all connections busy, from which CPU and requests a second", p.rounds, p.length)
 	line("  are taken, then an open loop at each fixed rate, from which latencies are taken. A round begins at another peer each time.")
 	line("- CPU is the scheduler's clock of the proxy's processes (`clock_getcpuclockid`), all threads and children, both proxies of a")

@@ -21,12 +21,13 @@ const workers = 2
 
 // world is what all peers are given.
 type world struct {
-	dir    string // for configuration and logs
-	bin    string // our own programs
-	tools  tools
-	ports  map[string]netip.AddrPort // of the upstream, by protocol
-	certs  string                    // folder
-	atOnce int                       // connections that a proxy must be able to hold
+	dir      string // for configuration and logs
+	bin      string // our own programs
+	tools    tools
+	ports    map[string]netip.AddrPort // of the upstream, by protocol
+	certs    string                    // folder
+	upstream *process
+	atOnce   int // connections that a proxy must be able to hold
 }
 
 // peer is a way from the load to the upstream.

@@ -161,6 +161,30 @@ func use(ps []*process) (usage, error) {
 	return u, nil
 }
 
+// busy is how long the processors of this benchmark have done anything, for
+// anyone.
+func busy() (time.Duration, error) {
+	var ours unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &ours); err != nil {
+		return 0, fmt.Errorf("sched_getaffinity: %w", err)
+	}
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, err
+	}
+	return measure.Busy(b, ours.IsSet)
+}
+
+// own is what the benchmark and the processes given have used.
+func own(ps []*process) (time.Duration, error) {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		return 0, fmt.Errorf("getrusage: %w", err)
+	}
+	u, err := use(ps)
+	return u.cpu + time.Duration(r.Utime.Nano()+r.Stime.Nano()), err
+}
+
 // resident adds up the resident memory of the processes and their children, in
 // KiB. What they share is counted for each.
 func resident(ps []*process) (int, error) {

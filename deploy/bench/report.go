@@ -163,6 +163,29 @@ func verdicts(all results) string {
 	return b.String()
 }
 
+// tolerable is the share of the processors that others may take before it must be
+// said in the first place.
+const tolerable = 0.05
+
+// strangers says how much of the processors other programs have taken.
+func strangers(all results) string {
+	var shares measure.Rounds
+	for _, figs := range all {
+		for _, f := range figs {
+			shares = append(shares, f.strangers...)
+		}
+	}
+	if len(shares) == 0 {
+		return ""
+	}
+	_, most := shares.Spread()
+	text := fmt.Sprintf("Programs other than the benchmark's took %.0f %% of the two processors (median of all rounds; at most %.0f %%).", 100*shares.Median(), 100*most)
+	if shares.Median() > tolerable {
+		text = "DISTURBED: " + text + " Latencies are theirs as much as the proxies'; compare ratios of CPU only, and run it again on a quiet machine."
+	}
+	return text
+}
+
 // machine is where it was measured.
 type machine struct {
 	processor, kernel, goVersion string

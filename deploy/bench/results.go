@@ -19,7 +19,10 @@ type figures struct {
 	cpuStat  measure.Rounds // the same after /proc/<pid>/stat, as a check
 	rps      measure.Rounds // requests a second in the closed loop
 	switches measure.Rounds // times that a thread of the proxy waited, a request
-	open     map[int]*latency
+	// strangers is the share of the processors that programs took which are none of
+	// the benchmark's.
+	strangers measure.Rounds
+	open      map[int]*latency
 
 	rss      int // KiB resident after the start
 	rss64    int // with 64 connections that have each had an answer
@@ -62,6 +65,7 @@ type entry struct {
 	HeapPerIdle     float64               `json:"heap_bytes_per_idle,omitempty"`
 	RoutinesPerIdle float64               `json:"goroutines_per_idle,omitempty"`
 	Switches        float64               `json:"waits_per_request,omitempty"`
+	Strangers       float64               `json:"strangers_cpu_share"`
 	Logged          float64               `json:"log_lines_per_request,omitempty"`
 	Spread          map[string][2]float64 `json:"spread,omitempty"`
 	At              map[string]atRate     `json:"at,omitempty"`
@@ -83,7 +87,7 @@ func entryOf(f *figures) entry {
 	}
 	e := entry{
 		CPU: f.cpu.Median(), CPUStat: f.cpuStat.Median(), RPS: f.rps.Median(), RSS: f.rss, RSS64: f.rss64, RSS10k: f.rss10k, Idle: f.idle,
-		HeapPerIdle: f.heap, RoutinesPerIdle: f.routines, Switches: f.switches.Median(), Logged: f.logged,
+		HeapPerIdle: f.heap, RoutinesPerIdle: f.routines, Switches: f.switches.Median(), Strangers: f.strangers.Median(), Logged: f.logged,
 		Spread: map[string][2]float64{}, At: map[string]atRate{},
 	}
 	for name, r := range map[string]measure.Rounds{"cpu_us": f.cpu, "rps": f.rps} {
