@@ -72,6 +72,9 @@ func page(m machine, p plan, all results) string {
 		for _, text := range missing {
 			line("\n%s", text)
 		}
+		for _, text := range idleFailures(all[s.name]) {
+			line("\n%s", text)
+		}
 		if l := loads(s, all[s.name]); l != "" {
 			line("\n%s", l)
 		}

@@ -59,6 +59,9 @@ func rows(figs map[string]*figures) []row {
 			r = append(r, "-", "-", "-", "-", "-")
 		}
 		idle := mb(f.rss10k)
+		if f.idleFailed != "" {
+			idle = "failed"
+		}
 		if f.rss10k != 0 && f.idle != 10_000 {
 			idle += fmt.Sprintf(" (%d)", f.idle)
 		}
@@ -94,10 +97,24 @@ func table(s scenario, figs map[string]*figures) string {
 			fmt.Fprintf(&b, "  %s: NO FIGURES: %s\n", r[0], r[1])
 		}
 	}
+	for _, text := range idleFailures(figs) {
+		fmt.Fprintf(&b, "  %s\n", text)
+	}
 	for _, c := range comparisons(s.name, figs) {
 		fmt.Fprintf(&b, "  %s\n", c)
 	}
 	return b.String()
+}
+
+// idleFailures are the peers that did not hold many connections.
+func idleFailures(figs map[string]*figures) []string {
+	var out []string
+	for _, p := range peers {
+		if f := figs[p.name]; f != nil && f.failed == "" && f.idleFailed != "" {
+			out = append(out, fmt.Sprintf("%s: NO FIGURES with many idle connections: %s", p.name, brief(f.idleFailed)))
+		}
+	}
+	return out
 }
 
 // comparisons are the targets of a scenario with what became of them.
@@ -131,6 +148,9 @@ func comparisons(scenario string, figs map[string]*figures) []string {
 	}
 	if scenario == "h1_1k" {
 		limit("memory of ours without connections", float64(ours.rss)/1024, maxIdleKB/1024, "MB")
+	}
+	if ours.idleFailed != "" {
+		return append(out, fmt.Sprintf("?     heap of ours for each of %d idle connections: %s", ours.idle, brief(ours.idleFailed)))
 	}
 	if ours.idle > 0 {
 		limit(fmt.Sprintf("heap of ours for each of %d idle connections", ours.idle), ours.heap/1024, maxIdleBytes/1024, "KiB")

@@ -24,15 +24,16 @@ type figures struct {
 	strangers measure.Rounds
 	open      map[int]*latency
 
-	rss      int // KiB resident after the start
-	rss64    int // with 64 connections that have each had an answer
-	rss10k   int // with idle many
-	idle     int
-	logged   float64 // lines in each access log a request; 0 where there is none
-	sent     int     // requests so far
-	lines    int     // in the access logs so far
-	heap     float64 // bytes of heap an idle connection, ours only
-	routines float64 // goroutines an idle connection, ours only
+	rss        int    // KiB resident after the start
+	rss64      int    // with 64 connections that have each had an answer
+	rss10k     int    // with idle many
+	idleFailed string // why rss10k, heap and routines are missing
+	idle       int
+	logged     float64 // lines in each access log a request; 0 where there is none
+	sent       int     // requests so far
+	lines      int     // in the access logs so far
+	heap       float64 // bytes of heap an idle connection, ours only
+	routines   float64 // goroutines an idle connection, ours only
 }
 
 // latency is what an open loop of one rate has seen.
@@ -62,6 +63,7 @@ type entry struct {
 	RSS64           int                   `json:"rss_64_kb,omitempty"`
 	RSS10k          int                   `json:"rss_10k_kb,omitempty"`
 	Idle            int                   `json:"idle_connections,omitempty"`
+	IdleFailed      string                `json:"idle_failed,omitempty"`
 	HeapPerIdle     float64               `json:"heap_bytes_per_idle,omitempty"`
 	RoutinesPerIdle float64               `json:"goroutines_per_idle,omitempty"`
 	Switches        float64               `json:"waits_per_request,omitempty"`
@@ -87,7 +89,7 @@ func entryOf(f *figures) entry {
 	}
 	e := entry{
 		CPU: f.cpu.Median(), CPUStat: f.cpuStat.Median(), RPS: f.rps.Median(), RSS: f.rss, RSS64: f.rss64, RSS10k: f.rss10k, Idle: f.idle,
-		HeapPerIdle: f.heap, RoutinesPerIdle: f.routines, Switches: f.switches.Median(), Strangers: f.strangers.Median(), Logged: f.logged,
+		IdleFailed: f.idleFailed, HeapPerIdle: f.heap, RoutinesPerIdle: f.routines, Switches: f.switches.Median(), Strangers: f.strangers.Median(), Logged: f.logged,
 		Spread: map[string][2]float64{}, At: map[string]atRate{},
 	}
 	for name, r := range map[string]measure.Rounds{"cpu_us": f.cpu, "rps": f.rps} {
