@@ -259,6 +259,15 @@ func parityOf(m *mesh.Mesh) []parity {
 	for _, s := range m.Services {
 		for _, p := range s.Ports {
 			key := mesh.Key(s.Namespace, s.Name, p.Number)
+			if notes := xds.MTLSParity(p); notes != nil {
+				workloads := map[string]bool{}
+				for _, e := range p.Endpoints {
+					if e.MTLS && !workloads[e.Workload] {
+						workloads[e.Workload] = true
+						out = append(out, parity{"Workload", s.Namespace + "/" + e.Workload, key, notes})
+					}
+				}
+			}
 			if p.Breaker != nil {
 				out = append(out, parity{"CircuitBreaker", p.Breaker.Policy, key, xds.BreakerParity(p.Breaker)})
 			}

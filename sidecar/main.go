@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -28,8 +29,10 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/detect"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/mtls"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/overload"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/sds"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
@@ -48,7 +51,13 @@ type config struct {
 	otlpEndpoint           string
 	otlpRatio              float64
 	memory                 overload.Limit
+
+	controlPlaneCA, joinToken string
+	sds                       string
 }
+
+// hasIdentity: the sidecar gets a certificate from the authority.
+func (c config) hasIdentity() bool { return c.joinToken != "" }
 
 func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	c := config{}
@@ -60,13 +69,17 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	fs.StringVar(&c.Instance, "instance", "", "name of the pod; default <workload>-0")
 	fs.StringVar(&c.ServiceAccount, "service-account", "default", "service account of the workload")
 	fs.StringVar(&c.TrustDomain, "trust-domain", "cluster.local", "SPIFFE trust domain")
-	fs.StringVar(&c.ControlPlane, "control-plane", loopback(bootstrap.PortXDS), "host:port of the control plane's xDS server; in clear, so loopback only")
+	fs.StringVar(&c.ControlPlane, "control-plane", loopback(bootstrap.PortXDS), "host:port of the control plane's xDS server; loopback only where it is reached in clear, without --control-plane-ca")
+	fs.StringVar(&c.controlPlaneCA, "control-plane-ca", "", "file with the roots (PEM) of the control plane's certificate; configuration and certificates are then fetched over TLS. Needs --join-token-file")
+	fs.StringVar(&c.joinToken, "join-token-file", "", "file with the token that proves the workload to the authority at first contact, read at every use. Needs --control-plane-ca")
+	fs.StringVar(&c.MTLS, "mtls", "", "mutual TLS of --inbound ports: off, permissive (other workloads use it, clear text is taken too) or strict. Default permissive with --join-token-file, else off")
+	fs.StringVar(&c.sds, "sds-address", "", "serve the workload's certificate and key by SDS to an Envoy beside it, at unix:///<path> (made with mode 0600) or a loopback address. Empty: not")
 	fs.Func("upstream", "ambassador port <service>.<namespace>:<port>=<ip>:<port>; may be repeated", func(s string) error {
 		u, err := bootstrap.ParseUpstream(s)
 		c.Upstreams = append(c.Upstreams, u)
 		return err
 	})
-	fs.Func("inbound", "port for other workloads [http:|tcp:]<ip>:<port>=<ip>:<port of the application>; may be repeated", func(s string) error {
+	fs.Func("inbound", "port for other workloads [http:|tcp:|tls:|auto:]<ip>:<port>=<ip>:<port of the application>; may be repeated", func(s string) error {
 		in, err := bootstrap.ParseInbound(s)
 		c.Inbounds = append(c.Inbounds, in)
 		return err
@@ -96,9 +109,24 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	}
 	if host, _, err := net.SplitHostPort(c.ControlPlane); err != nil {
 		return c, fmt.Errorf("--control-plane %q is not host:port: %w", c.ControlPlane, err)
-	} else if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		return c, fmt.Errorf("--control-plane %s is not on this machine: configuration is not fetched in clear over a network; use a loopback address until the control plane serves TLS", c.ControlPlane)
+	} else if ip := net.ParseIP(host); c.controlPlaneCA == "" && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return c, fmt.Errorf("--control-plane %s is not on this machine: configuration is not fetched in clear over a network; give --control-plane-ca and --join-token-file to fetch it over TLS, or use a loopback address", c.ControlPlane)
 	}
+	switch {
+	case c.controlPlaneCA == "" && c.joinToken != "":
+		return c, errors.New("--join-token-file needs --control-plane-ca: a token is sent to nobody who has not proved to be the control plane; give the authority's root.crt")
+	case c.controlPlaneCA != "" && c.joinToken == "":
+		return c, errors.New("--control-plane-ca needs --join-token-file: over TLS the control plane wants to know whose sidecar it is; write what control-plane --join-token prints into a file")
+	case !c.hasIdentity() && (c.MTLS == bootstrap.MTLSPermissive || c.MTLS == bootstrap.MTLSStrict):
+		return c, fmt.Errorf("--mtls %s needs a certificate: give --control-plane-ca and --join-token-file", c.MTLS)
+	case !c.hasIdentity() && c.sds != "":
+		return c, fmt.Errorf("--sds-address %s needs a certificate: give --control-plane-ca and --join-token-file", c.sds)
+	case c.MTLS == "" && c.hasIdentity():
+		c.MTLS = bootstrap.MTLSPermissive
+	case c.MTLS == "":
+		c.MTLS = bootstrap.MTLSOff
+	}
+	c.ControlPlaneTLS = c.controlPlaneCA != ""
 	if c.otlpRatio < 0 || c.otlpRatio > 1 {
 		return c, fmt.Errorf("--trace-ratio %v is not a share: write a number from 0 to 1", c.otlpRatio)
 	}
@@ -139,7 +167,15 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		}
 		state = filepath.Join(cfg.stateDir, cfg.Instance+".xds")
 	}
-	client := xdsclient.New(xdsclient.Options{Address: cfg.ControlPlane, Node: cfg.Config, StateFile: state, Table: &current, Log: log, Registerer: registry})
+	xds := xdsclient.Options{Address: cfg.ControlPlane, Node: cfg.Config, StateFile: state, Table: &current, Log: log, Registerer: registry}
+	var who *mtls.Identity // nil without one
+	if cfg.hasIdentity() {
+		who = mtls.New(mtls.Options{
+			Authority: cfg.ControlPlane, TokenFile: cfg.joinToken, RootsFile: cfg.controlPlaneCA, Node: cfg.Config, Log: log, Registerer: registry,
+		})
+		xds.Credentials = who.ControlPlane()
+	}
+	client := xdsclient.New(xds)
 	for _, u := range cfg.Upstreams {
 		if err := client.Want(u.Key()); err != nil {
 			return err
@@ -151,13 +187,24 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	carrier := &proxy.Proxy{
 		Node: cfg.Config, Table: &current, Clusters: clusters, Conns: conns, Log: access, Metrics: metrics, Seen: seen, Overload: monitor,
 	}
+	if who != nil {
+		clusters.Secure = func(to *table.TLS, protocols ...string) *tls.Config {
+			return who.Client(to.Identities, to.ServerName, protocols...)
+		}
+		if cfg.MTLS != bootstrap.MTLSOff {
+			carrier.Mutual = &proxy.Mutual{
+				Config: who.Server(), Peer: mtls.PeerID, IsMesh: mtls.IsMesh, Self: who.ID(), Strict: cfg.MTLS == bootstrap.MTLSStrict,
+			}
+		}
+	}
 
 	// Everything that can fail has failed before the first goroutine starts.
 	ctx, quit := context.WithCancel(ctx)
 	defer quit()
 	operators := &admin.Server{
-		Table: &current, Clusters: clusters, Metrics: registry, Log: log, Control: func() any { return client.Status() }, Drain: quit, Quit: quit,
-		Ready: func() error { return readiness(client, conns, monitor, cfg.ControlPlane) },
+		Table: &current, Clusters: clusters, Metrics: registry, Log: log,
+		Detected: func() any { return carrier.Detected(time.Now()) }, Control: func() any { return client.Status() }, Drain: quit, Quit: quit,
+		Ready: func() error { return readiness(client, who, conns, monitor, cfg.ControlPlane) },
 	}
 	binder := binder{ctx: ctx}
 	defer binder.closeUnused()
@@ -174,6 +221,13 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	healthListener := binder.bind(cfg.health, "--health-address")
 	if binder.err != nil {
 		return binder.err
+	}
+	var secrets net.Listener
+	if cfg.sds != "" {
+		if secrets, err = sds.Listen(ctx, cfg.sds); err != nil {
+			return fmt.Errorf("--sds-address: %w", err)
+		}
+		defer func() { _ = secrets.Close() }() // closed already where it was served
 	}
 	var spans *telemetry.Spans // its exporter is the first goroutine
 	if cfg.otlpEndpoint != "" {
@@ -200,6 +254,12 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	}
 	actor(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 	actor(client.Run)
+	if who != nil {
+		actor(who.Run)
+	}
+	if secrets != nil {
+		actor(func(ctx context.Context) error { return sds.Serve(ctx, secrets, who, log) })
+	}
 	actor(func(ctx context.Context) error {
 		select {
 		case <-client.Ready():
@@ -229,7 +289,7 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			case <-ctx.Done():
 				return ctx.Err()
 			case <-time.After(cfg.readyTimeout):
-				return fmt.Errorf("not configured within --ready-timeout %s: %w", cfg.readyTimeout, readiness(client, conns, monitor, cfg.ControlPlane))
+				return fmt.Errorf("not configured within --ready-timeout %s: %w", cfg.readyTimeout, readiness(client, who, conns, monitor, cfg.ControlPlane))
 			}
 		})
 	}
@@ -252,9 +312,16 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	return err
 }
 
-func readiness(client *xdsclient.Client, conns *listener.Group, monitor *overload.Monitor, address string) error {
+func readiness(client *xdsclient.Client, who *mtls.Identity, conns *listener.Group, monitor *overload.Monitor, address string) error {
 	if conns.Draining() {
 		return errors.New("draining")
+	}
+	if who != nil {
+		select {
+		case <-who.Ready():
+		default:
+			return fmt.Errorf("waiting for a certificate from the authority at %s", address)
+		}
 	}
 	select {
 	case <-client.Ready():

@@ -50,6 +50,13 @@ func TestBadFlagsAreNamed(t *testing.T) {
 	f("--control-plane", quiet("--control-plane=10.0.0.1:15010")...)
 	f("--memory-limit \"64MB\"", quiet("--memory-limit=64MB")...)
 	f("--memory-limit \"1Mi\"", quiet("--memory-limit=1Mi")...)
+	f("--control-plane-ca", quiet("--control-plane=10.0.0.1:15010")...)
+	f("--join-token-file needs --control-plane-ca", quiet("--join-token-file=x")...)
+	f("--control-plane-ca needs --join-token-file", quiet("--control-plane-ca=x")...)
+	f("--mtls strict needs a certificate", quiet("--mtls=strict")...)
+	f("--sds-address unix:///x needs a certificate", quiet("--sds-address=unix:///x")...)
+	f(`--mtls "loud"`, quiet("--mtls=loud")...)
+	f("--sds-address", quiet("--control-plane-ca=x", "--join-token-file=x", "--sds-address=0.0.0.0:1")...)
 	f("--state-dir", quiet("--state-dir=/dev/null/x")...)
 }
 

@@ -41,7 +41,7 @@ func newPair(t *testing.T, appProtocol, application string, strict bool) *pair {
 	p := &pair{address: freeAddress(t), inbound: freeAddress(t)}
 	peer := workload("peer", p.inbound)
 	if strict {
-		peer = strictWorkload(peer)
+		peer = takingOnlyTLS(peer)
 	}
 	files := map[string]string{"service.yaml": fmt.Sprintf(peerService, appProtocol), "workload.yaml": peer}
 	var certified func(account string) []string
@@ -74,8 +74,8 @@ func startAuthority(t *testing.T, files map[string]string, strict bool) (*contro
 	return nil, nil
 }
 
-// strictWorkload makes a Workload take mutual TLS only.
-func strictWorkload(text string) string { return text + "  mtls: Strict\n" }
+// takingOnlyTLS makes a Workload take mutual TLS only.
+func takingOnlyTLS(text string) string { return text + "  mtls: Strict\n" }
 
 // again is this test program as another process, which does one job and leaves:
 // for code that ends its process where it fails.

@@ -95,10 +95,12 @@ func validates(t *testing.T, envoy string, folder map[string]string) {
 		Upstreams: upstreams, Inbounds: []bootstrap.Inbound{
 			{Protocol: "http", Listen: listen(t, freeAddress(t)), Forward: listen(t, freeAddress(t))},
 			{Protocol: "tcp", Listen: listen(t, freeAddress(t)), Forward: listen(t, freeAddress(t))},
+			{Protocol: "tls", Listen: listen(t, freeAddress(t)), Forward: listen(t, freeAddress(t))},
+			{Protocol: "auto", Listen: listen(t, freeAddress(t)), Forward: listen(t, freeAddress(t))},
 		},
 	})
-	if n := len(got[listenerType]); n != len(upstreams)+2 {
-		t.Errorf("%d listeners, want one for each of %d upstreams and two inbound ports", n, len(upstreams))
+	if n := len(got[listenerType]); n != len(upstreams)+4 {
+		t.Errorf("%d listeners, want one for each of %d upstreams and four inbound ports", n, len(upstreams))
 	}
 	for typeURL, names := range dry {
 		if typeURL == listenerType {

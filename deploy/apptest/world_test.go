@@ -25,6 +25,7 @@ func key(service string) string { return "shop/" + service + ":80" }
 type controlPlane struct {
 	mesh, xds, admin string
 	process          *process
+	arguments        []string   // further ones
 	owner            *testing.T // it ends with this test, whichever step has restarted it
 }
 
@@ -42,8 +43,9 @@ func startControlPlane(t *testing.T, files map[string]string) *controlPlane {
 
 func (c *controlPlane) start(t *testing.T) {
 	t.Helper()
-	c.process = launch(c.owner, "control-plane", program("control-plane"),
-		"--config", c.mesh, "--xds-address", c.xds, "--admin-address", c.admin, "--log-format", "text")
+	c.process = launch(c.owner, "control-plane", program("control-plane"), append([]string{
+		"--config", c.mesh, "--xds-address", c.xds, "--admin-address", c.admin, "--log-format", "text",
+	}, c.arguments...)...)
 	eventually(t, 10*time.Second, func() string {
 		c.process.running(t)
 		if status, text := get("http://" + c.admin + "/ready"); status != 200 {

@@ -168,6 +168,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	began := time.Now()
 	cache := filepath.Join(p.root, ".cache", "bench")
 	w := &world{bin: filepath.Join(cache, "bin"), dir: filepath.Join(cache, "run")}
+	unlock, err := lock(cache)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := os.RemoveAll(w.dir); err != nil {
 		return err
 	}
@@ -204,6 +209,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		return err
 	}
 	defer up.stop()
+	w.upstream = up
 
 	all := results{}
 	for _, s := range p.scenarios {
@@ -221,7 +227,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		}
 		fmt.Fprintf(stdout, "\n%s\n", table(s, b.figures))
 	}
-	m := machineHere(p, w, time.Since(began))
+	m := machineHere(w, time.Since(began))
+	if s := strangers(all); s != "" {
+		fmt.Fprintln(stdout, s)
+	}
 	fmt.Fprintf(stdout, "%s\nWritten: %s (%s)\n", verdicts(all), filepath.Join(cache, "sidecar.json"), time.Since(began).Round(time.Second))
 	if p.docs {
 		if err := writeDocs(filepath.Join(p.root, "docs"), m, p, all); err != nil {
@@ -230,6 +239,21 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		fmt.Fprintln(stdout, "Written: docs/bench-sidecar.md, docs/bench-sidecar.svg")
 	}
 	return nil
+}
+
+// lock makes sure that no other run uses the folder, or the processors.
+func lock(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("another benchmark runs in %s: wait for its end (%w)", dir, err), f.Close())
+	}
+	return func() { _ = f.Close() }, nil // closing unlocks
 }
 
 // openFiles raises the limit of descriptors as far as it goes, for the children

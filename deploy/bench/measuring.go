@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 
@@ -26,7 +27,7 @@ type bench struct {
 
 // Times of a round beside the closed loop, whose length the plan says.
 const (
-	warmUp = 200 * time.Millisecond // of each loop
+	warmUp = 100 * time.Millisecond // of each loop
 	settle = 300 * time.Millisecond // after a start, before memory is read
 )
 
@@ -151,7 +152,7 @@ func (b *bench) check(ctx context.Context, r *running) (err error) {
 			return err
 		}
 	}
-	return c.Finish()
+	return c.Finish(ctx)
 }
 
 // memory measures what a new instance holds.
@@ -172,14 +173,20 @@ func (b *bench) memory(ctx context.Context, p peer, f *figures) error {
 	if err != nil {
 		return err
 	}
+	// Too many connections fail only this figure.
 	f.idle = b.plan.idle
 	f.rss10k, err = b.idling(ctx, r, f.idle, func() error {
 		h, g, err := r.heap(ctx)
 		f.heap, f.routines = (h-heap)/float64(f.idle), (g-before)/float64(f.idle)
 		return err
 	})
+	if err != nil {
+		f.idleFailed, f.rss10k = err.Error(), 0
+		fmt.Fprintf(b.out, "   FAILED: %s: %v\n", p.name, err)
+		return nil
+	}
 	fmt.Fprintf(b.out, "   memory: %s: %d KiB, %d KiB with 64 and %d KiB with %d idle connections\n", p.name, f.rss, f.rss64, f.rss10k, f.idle)
-	return err
+	return nil
 }
 
 // idling opens connections, lets each have one answer, and reads the memory that
@@ -257,7 +264,8 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 	if _, err := asked(c.Closed(ctx, warmUp)); err != nil {
 		return err
 	}
-	before, err := use(r.proxies)
+	known := slices.Concat(r.proxies, r.others, []*process{b.world.upstream})
+	before, err := look(r.proxies, known)
 	if err != nil {
 		return err
 	}
@@ -265,11 +273,12 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 	if err != nil {
 		return err
 	}
-	after, err := use(r.proxies)
+	after, err := look(r.proxies, known)
 	if err != nil {
 		return err
 	}
-	used, n := after.minus(before), float64(res.Requests)
+	f.strangers = append(f.strangers, max(0, float64(after.busy-before.busy-(after.own-before.own)))/float64(workers*res.Took))
+	used, n := after.proxies.minus(before.proxies), float64(res.Requests)
 	f.rps = append(f.rps, res.Rate())
 	f.cpu = append(f.cpu, micros(used.cpu)/n)
 	f.cpuStat = append(f.cpuStat, micros(used.stat)/n)
@@ -279,11 +288,19 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 			return err
 		}
 		// The first rate is the one that is compared; the others show what load does.
-		d := b.plan.length
+		d := b.plan.length * 3 / 4
 		if i > 0 {
-			d /= 2
+			d = b.plan.length / 4
+		}
+		before, err := use(r.proxies)
+		if err != nil {
+			return err
 		}
 		res, err := asked(c.Open(ctx, rate, d))
+		if err != nil {
+			return err
+		}
+		after, err := use(r.proxies)
 		if err != nil {
 			return err
 		}
@@ -295,12 +312,30 @@ func (b *bench) round(ctx context.Context, r *running, f *figures) (err error) {
 		l.all.Merge(res.Latency)
 		l.p50 = append(l.p50, micros(res.Latency.Quantile(0.5)))
 		l.p99 = append(l.p99, micros(res.Latency.Quantile(0.99)))
+		l.cpu = append(l.cpu, micros(after.minus(before).cpu)/float64(res.Requests))
 		l.kept = min(l.kept, res.Rate()/float64(rate))
 	}
-	if err := c.Finish(); err != nil {
+	if err := c.Finish(ctx); err != nil {
 		return err
 	}
 	return r.countLogs(f, false)
+}
+
+// glance is what was used up to a moment.
+type glance struct {
+	proxies   usage
+	own, busy time.Duration // by the benchmark with all that it started; by anyone
+}
+
+func look(proxies, known []*process) (g glance, err error) {
+	if g.proxies, err = use(proxies); err != nil {
+		return g, err
+	}
+	if g.own, err = own(known); err != nil {
+		return g, err
+	}
+	g.busy, err = busy()
+	return g, err
 }
 
 // countLogs counts the lines of the access logs and empties them: they grow by

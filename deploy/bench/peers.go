@@ -21,12 +21,13 @@ const workers = 2
 
 // world is what all peers are given.
 type world struct {
-	dir    string // for configuration and logs
-	bin    string // our own programs
-	tools  tools
-	ports  map[string]netip.AddrPort // of the upstream, by protocol
-	certs  string                    // folder
-	atOnce int                       // connections that a proxy must be able to hold
+	dir      string // for configuration and logs
+	bin      string // our own programs
+	tools    tools
+	ports    map[string]netip.AddrPort // of the upstream, by protocol
+	certs    string                    // folder
+	upstream *process
+	atOnce   int // connections that a proxy must be able to hold
 }
 
 // peer is a way from the load to the upstream.
@@ -70,7 +71,7 @@ func not(format string, args ...any) error {
 
 var peers = []peer{
 	{"direct", "no proxy", launchDirect, "the load asks the upstream itself"},
-	{"relay", "TCP relay in Go", launchRelay, "two goroutines a connection that copy bytes; reads nothing of them"},
+	{"relay", "TCP relay in Go", launchRelay, "two goroutines a connection that copy bytes, for 64 KiB with splice(2), and read nothing of them"},
 	{"nginx", "nginx", launchNginx, "proxy_pass to a keep-alive pool; access log in its combined format, buffered 64 KiB"},
 	{"haproxy", "HAProxy", launchHAProxy, "mode http, http-reuse always; access log in its HTTP format to stdout, which is a file"},
 	{"envoy", "Envoy", launchEnvoy, "router, circuit breaker thresholds, statistics, access log in its default format to a file, buffered 64 KiB"},
@@ -136,7 +137,7 @@ func launchRelay(_ context.Context, w *world, s scenario, dir string) (*running,
 		if err != nil {
 			return r, err
 		}
-		if err := r.run(dir, name, goEnv, filepath.Join(w.bin, "peer"), "relay", "--listen", at.String(), "--to", to.String()); err != nil {
+		if err := r.run(dir, name, goEnv, filepath.Join(w.bin, "peer"), "relay", "--listen", at.String(), "--to", to.String(), "--splice="+strconv.FormatBool(s.protocol == load.HTTP1Large)); err != nil {
 			return r, err
 		}
 		r.address, to = at, at
@@ -414,7 +415,7 @@ const envoyHTTP2Cluster = `    typed_extension_protocol_options:
         explicit_http_config: {http2_protocol_options: {}}
 `
 
-const envoyTLS = `common_tls_context: {tls_params: {tls_minimum_protocol_version: TLSv1_3}, tls_certificates: [{certificate_chain: {filename: "{{certs}}/{{side}}.pem"}, private_key: {filename: "{{certs}}/{{side}}.key"}}], validation_context: {trusted_ca: {filename: "{{certs}}/ca.pem"}}}`
+const envoyTLS = `common_tls_context: {tls_params: {tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}, tls_certificates: [{certificate_chain: {filename: "{{certs}}/{{side}}.pem"}, private_key: {filename: "{{certs}}/{{side}}.key"}}], validation_context: {trusted_ca: {filename: "{{certs}}/ca.pem"}}}`
 
 const envoyTLSServer = `      transport_socket: {name: envoy.transport_sockets.tls, typed_config: {"@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext, require_client_certificate: true, ` + envoyTLS + "}}\n"
 
@@ -448,7 +449,7 @@ func launchEnvoy(_ context.Context, w *world, s scenario, dir string) (*running,
 			return err
 		}
 		r.logs = append(r.logs, log)
-		return r.run(dir, name, nil, w.tools.envoy, "-c", file, "--disable-hot-restart", "--concurrency", strconv.Itoa(workers), "--log-level", "warning")
+		return r.run(dir, name, nil, w.tools.envoy, "-c", file, "--disable-hot-restart", "--concurrency", strconv.Itoa(workers), "--log-level", "error")
 	}
 	up := w.ports[s.protocol]
 	if s.pair {

@@ -22,10 +22,9 @@ import (
 type process struct {
 	name   string
 	cmd    *exec.Cmd
-	stdout string // file
-	stderr string // file
-	done   chan struct{}
-	err    error // valid once done is closed
+	stdout string        // file
+	stderr string        // file
+	done   chan struct{} // closed when it has ended
 }
 
 // start runs a program whose output goes to files in dir. Both are opened for
@@ -55,7 +54,7 @@ func start(dir, name string, env []string, program string, args ...string) (*pro
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go func() {
-		p.err = p.cmd.Wait()
+		_ = p.cmd.Wait() // ProcessState says how it ended
 		close(p.done)
 	}()
 	return p, nil
@@ -83,7 +82,7 @@ func (p *process) stop() {
 func (p *process) ended() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s has ended (%v): %s", p.name, p.err, p.words())
+		return fmt.Errorf("%s has ended (%s): %s", p.name, p.cmd.ProcessState, p.words())
 	default:
 		return nil
 	}
@@ -160,6 +159,30 @@ func use(ps []*process) (usage, error) {
 		}
 	}
 	return u, nil
+}
+
+// busy is how long the processors of this benchmark have done anything, for
+// anyone.
+func busy() (time.Duration, error) {
+	var ours unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &ours); err != nil {
+		return 0, fmt.Errorf("sched_getaffinity: %w", err)
+	}
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, err
+	}
+	return measure.Busy(b, ours.IsSet)
+}
+
+// own is what the benchmark and the processes given have used.
+func own(ps []*process) (time.Duration, error) {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		return 0, fmt.Errorf("getrusage: %w", err)
+	}
+	u, err := use(ps)
+	return u.cpu + time.Duration(r.Utime.Nano()+r.Stime.Nano()), err
 }
 
 // resident adds up the resident memory of the processes and their children, in

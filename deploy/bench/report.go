@@ -17,11 +17,11 @@ import (
 // row is a peer's line in a table, as text.
 type row []string
 
-var columns = row{"", "CPU us", "min..max", "ours/it", "req/s", "p50", "p99", "p99.9", "RSS MB", "64 idle", "10k idle"}
+var columns = row{"", "CPU us", "min..max", "ours/it", "req/s", "CPU us at 1k/s", "p50", "p99", "least p99", "p99.9", "RSS MB", "64 idle", "10k idle"}
 
 // rows are the lines of a scenario; those of peers without figures have a
 // reason after their name.
-func rows(s scenario, figs map[string]*figures) []row {
+func rows(figs map[string]*figures) []row {
 	var out []row
 	ours := figs["ours"]
 	mb := func(kb int) string {
@@ -36,8 +36,7 @@ func rows(s scenario, figs map[string]*figures) []row {
 			continue
 		}
 		if f.failed != "" {
-			reason, _, _ := strings.Cut(f.failed, "\n")
-			out = append(out, row{p.name, reason})
+			out = append(out, row{p.name, brief(f.failed)})
 			continue
 		}
 		r := row{p.name, "-", "-", "-", fmt.Sprintf("%.0f", f.rps.Median())}
@@ -50,11 +49,19 @@ func rows(s scenario, figs map[string]*figures) []row {
 			}
 		}
 		if l := f.open[comparedRate]; l != nil {
-			r = append(r, fmt.Sprintf("%.0f", l.p50.Median()), fmt.Sprintf("%.0f", l.p99.Median()), fmt.Sprintf("%.0f", micros(l.all.Quantile(0.999))))
+			cpu := "-"
+			if p.name != "direct" {
+				cpu = fmt.Sprintf("%.1f", l.cpu.Median())
+			}
+			least, _ := l.p99.Spread()
+			r = append(r, cpu, fmt.Sprintf("%.0f", l.p50.Median()), fmt.Sprintf("%.0f", l.p99.Median()), fmt.Sprintf("%.0f", least), fmt.Sprintf("%.0f", micros(l.all.Quantile(0.999))))
 		} else {
-			r = append(r, "-", "-", "-")
+			r = append(r, "-", "-", "-", "-", "-")
 		}
 		idle := mb(f.rss10k)
+		if f.idleFailed != "" {
+			idle = "failed"
+		}
 		if f.rss10k != 0 && f.idle != 10_000 {
 			idle += fmt.Sprintf(" (%d)", f.idle)
 		}
@@ -63,28 +70,51 @@ func rows(s scenario, figs map[string]*figures) []row {
 	return out
 }
 
+// brief is the beginning of a reason, for a table.
+func brief(reason string) string {
+	line, _, _ := strings.Cut(reason, "\n")
+	if len(line) > 160 {
+		line = strings.ToValidUTF8(line[:160], "") + " ..."
+	}
+	return line
+}
+
 // table is a scenario for a terminal.
 func table(s scenario, figs map[string]*figures) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s; CPU and req/s: %d in flight; latency in us at %d/s from when it was due\n", s.name, s.title, s.conns*s.streams, comparedRate)
+	fmt.Fprintf(&b, "%s: %s; CPU and req/s with %d in flight; then at %d/s, latency in us from when it was due\n", s.name, s.title, s.conns*s.streams, comparedRate)
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "  "+strings.Join(columns, "\t"))
-	for _, r := range rows(s, figs) {
+	for _, r := range rows(figs) {
 		if len(r) == 2 {
 			continue
 		}
 		fmt.Fprintln(w, "  "+strings.Join(r, "\t"))
 	}
 	_ = w.Flush() // a builder takes everything
-	for _, r := range rows(s, figs) {
+	for _, r := range rows(figs) {
 		if len(r) == 2 {
 			fmt.Fprintf(&b, "  %s: NO FIGURES: %s\n", r[0], r[1])
 		}
+	}
+	for _, text := range idleFailures(figs) {
+		fmt.Fprintf(&b, "  %s\n", text)
 	}
 	for _, c := range comparisons(s.name, figs) {
 		fmt.Fprintf(&b, "  %s\n", c)
 	}
 	return b.String()
+}
+
+// idleFailures are the peers that did not hold many connections.
+func idleFailures(figs map[string]*figures) []string {
+	var out []string
+	for _, p := range peers {
+		if f := figs[p.name]; f != nil && f.failed == "" && f.idleFailed != "" {
+			out = append(out, fmt.Sprintf("%s: NO FIGURES with many idle connections: %s", p.name, brief(f.idleFailed)))
+		}
+	}
+	return out
 }
 
 // comparisons are the targets of a scenario with what became of them.
@@ -98,12 +128,11 @@ func comparisons(scenario string, figs map[string]*figures) []string {
 		what := fmt.Sprintf("%s of ours is at most %.2fx %s's", t.figure, t.atMost, t.peer)
 		switch {
 		case c.missing != "":
-			reason, _, _ := strings.Cut(c.missing, "\n")
-			out = append(out, fmt.Sprintf("?     %s: no ratio: %s", what, reason))
+			out = append(out, fmt.Sprintf("?     %s: no ratio: %s", what, brief(c.missing)))
 		case c.met():
-			out = append(out, fmt.Sprintf("PASS  %s: %.2fx (%.2f..%.2f)", what, c.ratio, c.least, c.most))
+			out = append(out, fmt.Sprintf("PASS  %s: %.2fx (%s)", what, c.ratio, c.detail))
 		default:
-			out = append(out, fmt.Sprintf("MISS  %s: %.2fx (%.2f..%.2f)", what, c.ratio, c.least, c.most))
+			out = append(out, fmt.Sprintf("MISS  %s: %.2fx (%s)", what, c.ratio, c.detail))
 		}
 	}
 	ours := figs["ours"]
@@ -119,6 +148,9 @@ func comparisons(scenario string, figs map[string]*figures) []string {
 	}
 	if scenario == "h1_1k" {
 		limit("memory of ours without connections", float64(ours.rss)/1024, maxIdleKB/1024, "MB")
+	}
+	if ours.idleFailed != "" {
+		return append(out, fmt.Sprintf("?     heap of ours for each of %d idle connections: %s", ours.idle, brief(ours.idleFailed)))
 	}
 	if ours.idle > 0 {
 		limit(fmt.Sprintf("heap of ours for each of %d idle connections", ours.idle), ours.heap/1024, maxIdleBytes/1024, "KiB")
@@ -151,6 +183,29 @@ func verdicts(all results) string {
 	return b.String()
 }
 
+// tolerable is the share of the processors that others may take before it must be
+// said in the first place.
+const tolerable = 0.05
+
+// strangers says how much of the processors other programs have taken.
+func strangers(all results) string {
+	var shares measure.Rounds
+	for _, figs := range all {
+		for _, f := range figs {
+			shares = append(shares, f.strangers...)
+		}
+	}
+	if len(shares) == 0 {
+		return ""
+	}
+	_, most := shares.Spread()
+	text := fmt.Sprintf("Programs other than the benchmark's took %.0f %% of the two processors (median of all rounds; at most %.0f %%).", 100*shares.Median(), 100*most)
+	if shares.Median() > tolerable {
+		text = "DISTURBED: " + text + " Latencies are theirs as much as the proxies'; compare ratios of CPU only, and run it again on a quiet machine."
+	}
+	return text
+}
+
 // machine is where it was measured.
 type machine struct {
 	processor, kernel, goVersion string
@@ -158,7 +213,7 @@ type machine struct {
 	versions                     [][2]string
 }
 
-func machineHere(p plan, w *world, took time.Duration) machine {
+func machineHere(w *world, took time.Duration) machine {
 	m := machine{goVersion: runtime.Version(), date: time.Now().UTC().Format(time.DateOnly), took: took.Round(time.Minute).String(), versions: w.tools.versions}
 	m.processor = fmt.Sprintf("%d processors of an unknown kind", workers)
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
@@ -174,6 +229,9 @@ func machineHere(p plan, w *world, took time.Duration) machine {
 		release, _, _ := strings.Cut(unix.ByteSliceToString(u.Release[:]), "-")
 		m.kernel = "Linux " + release + " " + unix.ByteSliceToString(u.Machine[:])
 	}
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"); err == nil {
+		m.kernel += " with TCP congestion control " + strings.TrimSpace(string(b))
+	}
 	return m
 }
 
@@ -182,5 +240,5 @@ func writeDocs(dir string, m machine, p plan, all results) error {
 	if err := os.WriteFile(filepath.Join(dir, "bench-sidecar.md"), []byte(page(m, p, all)), 0o644); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "bench-sidecar.svg"), []byte(picture(all)), 0o644)
+	return os.WriteFile(filepath.Join(dir, "bench-sidecar.svg"), []byte(picture(p, all)), 0o644)
 }

@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/deploy/bench/measure"
@@ -17,22 +19,27 @@ type figures struct {
 	cpuStat  measure.Rounds // the same after /proc/<pid>/stat, as a check
 	rps      measure.Rounds // requests a second in the closed loop
 	switches measure.Rounds // times that a thread of the proxy waited, a request
-	open     map[int]*latency
+	// strangers is the share of the processors that programs took which are none of
+	// the benchmark's.
+	strangers measure.Rounds
+	open      map[int]*latency
 
-	rss      int // KiB resident after the start
-	rss64    int // with 64 connections that have each had an answer
-	rss10k   int // with idle many
-	idle     int
-	logged   float64 // lines in each access log a request; 0 where there is none
-	sent     int     // requests so far
-	lines    int     // in the access logs so far
-	heap     float64 // bytes of heap an idle connection, ours only
-	routines float64 // goroutines an idle connection, ours only
+	rss        int    // KiB resident after the start
+	rss64      int    // with 64 connections that have each had an answer
+	rss10k     int    // with idle many
+	idleFailed string // why rss10k, heap and routines are missing
+	idle       int
+	logged     float64 // lines in each access log a request; 0 where there is none
+	sent       int     // requests so far
+	lines      int     // in the access logs so far
+	heap       float64 // bytes of heap an idle connection, ours only
+	routines   float64 // goroutines an idle connection, ours only
 }
 
 // latency is what an open loop of one rate has seen.
 type latency struct {
 	all      measure.Histogram
+	cpu      measure.Rounds // as in the closed loop; a proxy that often wakes up for one request needs more
 	p50, p99 measure.Rounds // microseconds, a round
 	kept     float64        // share of the rate that was asked, the worst round
 }
@@ -56,9 +63,11 @@ type entry struct {
 	RSS64           int                   `json:"rss_64_kb,omitempty"`
 	RSS10k          int                   `json:"rss_10k_kb,omitempty"`
 	Idle            int                   `json:"idle_connections,omitempty"`
+	IdleFailed      string                `json:"idle_failed,omitempty"`
 	HeapPerIdle     float64               `json:"heap_bytes_per_idle,omitempty"`
 	RoutinesPerIdle float64               `json:"goroutines_per_idle,omitempty"`
 	Switches        float64               `json:"waits_per_request,omitempty"`
+	Strangers       float64               `json:"strangers_cpu_share"`
 	Logged          float64               `json:"log_lines_per_request,omitempty"`
 	Spread          map[string][2]float64 `json:"spread,omitempty"`
 	At              map[string]atRate     `json:"at,omitempty"`
@@ -66,6 +75,7 @@ type entry struct {
 
 // atRate is an open loop of one rate.
 type atRate struct {
+	CPU  float64 `json:"cpu_us"`
 	P50  float64 `json:"p50_us"`
 	P99  float64 `json:"p99_us"`
 	P999 float64 `json:"p999_us"`
@@ -79,7 +89,7 @@ func entryOf(f *figures) entry {
 	}
 	e := entry{
 		CPU: f.cpu.Median(), CPUStat: f.cpuStat.Median(), RPS: f.rps.Median(), RSS: f.rss, RSS64: f.rss64, RSS10k: f.rss10k, Idle: f.idle,
-		HeapPerIdle: f.heap, RoutinesPerIdle: f.routines, Switches: f.switches.Median(), Logged: f.logged,
+		IdleFailed: f.idleFailed, HeapPerIdle: f.heap, RoutinesPerIdle: f.routines, Switches: f.switches.Median(), Strangers: f.strangers.Median(), Logged: f.logged,
 		Spread: map[string][2]float64{}, At: map[string]atRate{},
 	}
 	for name, r := range map[string]measure.Rounds{"cpu_us": f.cpu, "rps": f.rps} {
@@ -87,7 +97,7 @@ func entryOf(f *figures) entry {
 		e.Spread[name] = [2]float64{least, most}
 	}
 	for rate, l := range f.open {
-		e.At[strconv.Itoa(rate)] = atRate{l.p50.Median(), l.p99.Median(), micros(l.all.Quantile(0.999)), l.kept}
+		e.At[strconv.Itoa(rate)] = atRate{l.cpu.Median(), l.p50.Median(), l.p99.Median(), micros(l.all.Quantile(0.999)), l.kept}
 	}
 	if l := f.open[comparedRate]; l != nil {
 		e.P50, e.P99, e.P999 = l.p50.Median(), l.p99.Median(), micros(l.all.Quantile(0.999))
@@ -119,8 +129,9 @@ func writeJSON(path string, all results) error {
 // compared is a figure of ours beside a peer's.
 type compared struct {
 	target
-	ratio, least, most float64
-	missing            string // why there is no ratio
+	ratio   float64
+	detail  string // what it is the ratio of
+	missing string // why there is no ratio
 }
 
 func (c compared) met() bool { return c.missing == "" && c.ratio <= c.atMost }
@@ -141,27 +152,32 @@ func compare(t target, peers map[string]*figures) compared {
 	us, them := peers["ours"], peers[t.peer]
 	switch t.figure {
 	case figureCPU:
-		c.ratio, c.least, c.most = measure.Ratio(us.cpu, them.cpu)
+		ratio, least, most := measure.Ratio(us.cpu, them.cpu)
+		c.ratio, c.detail = ratio, fmt.Sprintf("%.2f..%.2f", least, most)
 	case figureAdded:
 		direct := peers["direct"]
 		if direct == nil || direct.failed != "" {
 			c.missing = "direct was not measured"
 			return c
 		}
-		added := func(f *figures) (r measure.Rounds) {
-			for i, v := range f.open[comparedRate].p99 {
-				if base := direct.open[comparedRate].p99; i < len(base) {
-					r = append(r, v-base[i])
-				}
-			}
-			return r
+		// A disturbance adds to a p99 and never takes away: the least of all rounds
+		// is the least disturbed.
+		added := func(f *figures) float64 {
+			least, _ := f.open[comparedRate].p99.Spread()
+			base, _ := direct.open[comparedRate].p99.Spread()
+			return least - base
 		}
-		c.ratio, c.least, c.most = measure.Ratio(added(us), added(them))
+		mine, theirs := added(us), added(them)
+		c.detail = fmt.Sprintf("%.0f us beside %.0f us", mine, theirs)
+		if theirs > 0 {
+			c.ratio = max(mine, 0) / theirs
+			return c
+		}
 	default:
 		c.missing = "no such figure"
 	}
 	if c.ratio <= 0 && c.missing == "" {
-		c.missing = "nothing to compare"
+		c.missing = strings.TrimSpace("nothing to compare " + c.detail)
 	}
 	return c
 }

@@ -18,6 +18,10 @@ type scenario struct {
 func (s scenario) http() bool { return s.protocol != load.TCPEcho }
 func (s scenario) grpc() bool { return s.protocol == load.GRPCUnary || s.protocol == load.GRPCStream }
 
+// lineEach reports whether an access log has a line a request, and not one a
+// connection or a stream.
+func (s scenario) lineEach() bool { return s.http() && s.protocol != load.GRPCStream }
+
 var scenarios = []scenario{
 	{name: "h1_1k", title: "HTTP/1.1, 1 KiB", unit: "request", protocol: load.HTTP1Small, conns: 64, streams: 1, rates: []int{1000, 5000}, idle: true},
 	{name: "h1_64k", title: "HTTP/1.1, 64 KiB", unit: "request", protocol: load.HTTP1Large, conns: 64, streams: 1, rates: []int{1000}},

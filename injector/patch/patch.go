@@ -36,6 +36,7 @@ const (
 	AnnotationCPULimit    = "outrigger.dev/proxy-cpu-limit"    // limit
 	AnnotationMemoryLimit = "outrigger.dev/proxy-memory-limit" // limit
 	AnnotationLogLevel    = "outrigger.dev/log-level"          // debug, info, warn or error
+	AnnotationMTLS        = "outrigger.dev/mtls"               // off, permissive or strict: mutual TLS of the inbound ports
 	AnnotationUpstreams   = "outrigger.dev/upstreams"          // comma list of payments.shop:80=127.0.0.1:4001
 	AnnotationInbound     = "outrigger.dev/inbound"            // comma list of http:0.0.0.0:5001=127.0.0.1:8080
 	AnnotationExclude     = "outrigger.dev/exclude-ports"      // comma list of ports; nothing is captured so far
@@ -255,6 +256,7 @@ func wanted(pod *corev1.Pod, ns Namespace) (asked bool, why string, err error) {
 type wish struct {
 	resources corev1.ResourceRequirements
 	logLevel  string
+	mtls      string // the sidecar's default where empty
 	upstreams []bootstrap.Upstream
 	inbounds  []bootstrap.Inbound
 }
@@ -274,6 +276,12 @@ func read(pod *corev1.Pod, ns Namespace, s Settings, workload string) (wish, err
 			return w, fmt.Errorf("annotation %s=%q: write debug, info, warn or error", AnnotationLogLevel, v)
 		}
 		w.logLevel = v
+	}
+	if v, set := a[AnnotationMTLS]; set {
+		if !slices.Contains([]string{bootstrap.MTLSOff, bootstrap.MTLSPermissive, bootstrap.MTLSStrict}, v) {
+			return w, fmt.Errorf("annotation %s=%q: write off, permissive or strict", AnnotationMTLS, v)
+		}
+		w.mtls = v
 	}
 	var err error
 	if w.resources, err = s.resources(a); err != nil {
@@ -384,7 +392,7 @@ func (s Settings) resources(annotations map[string]string) (corev1.ResourceRequi
 func warnings(pod *corev1.Pod) []string {
 	var out []string
 	known := []string{
-		AnnotationProxy, AnnotationCPU, AnnotationMemory, AnnotationCPULimit, AnnotationMemoryLimit, AnnotationLogLevel,
+		AnnotationProxy, AnnotationCPU, AnnotationMemory, AnnotationCPULimit, AnnotationMemoryLimit, AnnotationLogLevel, AnnotationMTLS,
 		AnnotationUpstreams, AnnotationInbound, AnnotationExclude, AnnotationStatus, AnnotationReason, "outrigger.dev/logs",
 	}
 	for key := range pod.Annotations {
@@ -394,6 +402,9 @@ func warnings(pod *corev1.Pod) []string {
 	}
 	if pod.Annotations[AnnotationExclude] != "" {
 		out = append(out, fmt.Sprintf("annotation %s has no effect: traffic is not captured, only what %s and %s name passes through the sidecar", AnnotationExclude, AnnotationUpstreams, AnnotationInbound))
+	}
+	if v := pod.Annotations[AnnotationMTLS]; v == bootstrap.MTLSPermissive || v == bootstrap.MTLSStrict {
+		out = append(out, fmt.Sprintf("annotation %s=%s needs a certificate, which the injector does not arrange yet: give --control-plane-ca and --join-token-file in the args of a container %s; without them the sidecar does not start", AnnotationMTLS, v, ContainerName))
 	}
 	for _, c := range pod.Spec.Containers {
 		for _, p := range c.Ports {

@@ -147,6 +147,7 @@ func TestBadAnnotations(t *testing.T) {
 	f(AnnotationMemory, "-1", "is not a positive quantity")
 	f(AnnotationMemory, "1Gi", "is over the limit 256Mi")
 	f(AnnotationLogLevel, "loud", "write debug, info, warn or error")
+	f(AnnotationMTLS, "Strict", "write off, permissive or strict")
 	f(AnnotationUpstreams, "payments.shop=127.0.0.1:4001", "has no port")
 	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:0", "write a port")
 	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:15020", "the sidecar's own metrics port")

@@ -31,6 +31,9 @@ func sidecar(s Settings, w wish, workload string) corev1.Container {
 		"--state-dir="+StateDir,
 		"--log-level="+w.logLevel,
 	)
+	if w.mtls != "" {
+		args = append(args, "--mtls="+w.mtls)
+	}
 	for _, u := range w.upstreams {
 		args = append(args, "--upstream="+u.String())
 	}

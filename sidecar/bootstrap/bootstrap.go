@@ -78,8 +78,9 @@ func ParseUpstream(s string) (Upstream, error) {
 
 // Inbound is a port at which other workloads reach this one: connections to
 // Listen are carried to the application at Forward. Written
-// http:127.0.0.1:5001=127.0.0.1:8080, the protocol being http, tcp or, where it
-// is left out, http.
+// http:127.0.0.1:5001=127.0.0.1:8080, the protocol being http, tcp, tls (the
+// application's own, carried as bytes), auto (what each connection begins as) or,
+// where it is left out, http.
 type Inbound struct {
 	Protocol string
 	Listen   netip.AddrPort
@@ -91,17 +92,17 @@ func (in Inbound) String() string {
 	return in.Protocol + ":" + in.Listen.String() + "=" + in.Forward.String()
 }
 
-// ParseInbound reads [http:|tcp:]<ip>:<port>=<ip>:<port>.
+// ParseInbound reads [http:|tcp:|tls:|auto:]<ip>:<port>=<ip>:<port>.
 func ParseInbound(s string) (Inbound, error) {
 	in := Inbound{Protocol: "http"}
 	rest := s
-	for _, p := range []string{"http", "tcp"} {
+	for _, p := range []string{"http", "tcp", "tls", "auto"} {
 		if after, ok := strings.CutPrefix(s, p+":"); ok {
 			in.Protocol, rest = p, after
 		}
 	}
 	fail := func(why string) (Inbound, error) {
-		return Inbound{}, fmt.Errorf("inbound %q: %s; write [http:|tcp:]<ip>:<port>=<ip>:<port>, for example http:127.0.0.1:5001=127.0.0.1:8080", s, why)
+		return Inbound{}, fmt.Errorf("inbound %q: %s; write [http:|tcp:|tls:|auto:]<ip>:<port>=<ip>:<port>, for example http:127.0.0.1:5001=127.0.0.1:8080", s, why)
 	}
 	listen, forward, ok := strings.Cut(rest, "=")
 	if !ok {
@@ -130,7 +131,35 @@ type Config struct {
 	ControlPlane   string // host:port of the xDS server
 	Upstreams      []Upstream
 	Inbounds       []Inbound
+	// MTLS is what is asked of those who call: MTLSOff, MTLSPermissive or
+	// MTLSStrict. Empty is off.
+	MTLS string
+	// SDS is where a sidecar serves the workload's certificate for an Envoy:
+	// unix:///<path> or host:port on loopback. Empty: the Envoy has none.
+	SDS string
+	// ControlPlaneTLS: ControlPlane is reached over TLS, which needs SDS for an
+	// Envoy.
+	ControlPlaneTLS bool
 }
+
+// What is asked of those who call a workload.
+const (
+	MTLSOff        = "off"        // nothing: everything is passed to the application as it is
+	MTLSPermissive = "permissive" // mutual TLS from other workloads, and clear text from whoever has none
+	MTLSStrict     = "strict"     // mutual TLS
+)
+
+// Names that the certificates of an Envoy go by: those of the two secrets, as
+// Istio's are called, and of the static cluster that serves them.
+const (
+	SecretCertificate = "default"
+	SecretRoots       = "ROOTCA"
+	ClusterSDS        = "sds"
+)
+
+// ProtocolMesh in the ALPN of a ClientHello (RFC 7301) says that the client is
+// the proxy of another workload and not the application itself.
+const ProtocolMesh = "outrigger"
 
 // NodeID is the xDS node id: <instance>.<namespace>.
 func (c Config) NodeID() string { return c.Instance + "." + c.Namespace }
@@ -147,10 +176,17 @@ func (c Config) Metadata() map[string]any {
 	for _, in := range c.Inbounds {
 		ins = append(ins, in.String())
 	}
-	return map[string]any{
+	m := map[string]any{
 		MetaNamespace: c.Namespace, MetaWorkload: c.Workload, MetaInstance: c.Instance,
 		MetaServiceAccount: c.ServiceAccount, MetaUpstreams: ups, MetaInbounds: ins,
 	}
+	if c.MTLS != "" {
+		m[MetaMTLS] = c.MTLS
+	}
+	if c.SDS != "" {
+		m[MetaSDS] = "true"
+	}
+	return m
 }
 
 // Keys of the xDS node metadata.
@@ -161,6 +197,8 @@ const (
 	MetaServiceAccount = "SERVICE_ACCOUNT"
 	MetaUpstreams      = "UPSTREAMS"
 	MetaInbounds       = "INBOUNDS"
+	MetaMTLS           = "MTLS" // see Config.MTLS
+	MetaSDS            = "SDS"  // "true": the proxy has the cluster ClusterSDS
 )
 
 // UserAgent is the xDS user_agent_name of our sidecar; Envoy says "envoy" and
@@ -178,6 +216,11 @@ func (c Config) Validate() error {
 	}
 	if c.ControlPlane == "" {
 		return errors.New("--control-plane is empty: give the address of the control plane, for example 127.0.0.1:15010")
+	}
+	switch c.MTLS {
+	case "", MTLSOff, MTLSPermissive, MTLSStrict:
+	default:
+		return fmt.Errorf("--mtls %q: write off, permissive or strict", c.MTLS)
 	}
 	if n := len(c.Upstreams) + len(c.Inbounds); n > MaxListeners {
 		return fmt.Errorf("%d --upstream and --inbound listeners: at most %d; fewer destinations, or transparent capture", n, MaxListeners)

@@ -35,6 +35,11 @@ func TestParseInbound(t *testing.T) {
 	if in, err = bootstrap.ParseInbound("[::1]:5001=[::1]:8080"); err != nil || in.Protocol != "http" {
 		t.Fatalf("got %+v, %v", in, err)
 	}
+	for _, p := range []string{"http", "tcp", "tls", "auto"} {
+		if in, err = bootstrap.ParseInbound(p + ":[::1]:5001=[::1]:8080"); err != nil || in.Protocol != p || in.String() != p+":[::1]:5001=[::1]:8080" {
+			t.Errorf("%s: got %+v, %v", p, in, err)
+		}
+	}
 	for _, bad := range []string{"", "127.0.0.1:1", "udp:127.0.0.1:1=127.0.0.1:2", "127.0.0.1:1=127.0.0.1:1", "127.0.0.1:1=127.0.0.1:0"} {
 		if _, err := bootstrap.ParseInbound(bad); err == nil {
 			t.Errorf("ParseInbound(%q) was accepted", bad)

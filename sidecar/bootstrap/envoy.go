@@ -2,14 +2,18 @@ package bootstrap
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"strconv"
+	"strings"
 )
 
 // Envoy writes the bootstrap of a real Envoy that is driven by the same
 // control plane: delta ADS over gRPC, the node of this Config, and the admin
-// interface on adminAddress, which should be a loopback address.
+// interface on adminAddress, which should be a loopback address. With SDS there
+// is a static cluster for it, and with ControlPlaneTLS the ADS stream proves the
+// workload by its certificate and wants the control plane to prove itself.
 func (c Config) Envoy(adminAddress string) ([]byte, error) {
 	type m = map[string]any
 	socket := func(hostport string) (m, error) {
@@ -31,6 +35,56 @@ func (c Config) Envoy(adminAddress string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	http2 := m{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": m{
+		"@type":                "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+		"explicit_http_config": m{"http2_protocol_options": m{"connection_keepalive": m{"interval": "30s", "timeout": "5s"}}},
+	}}
+	controlPlane := m{
+		"name": "outrigger-control-plane", "type": "STRICT_DNS", "connect_timeout": "1s",
+		"typed_extension_protocol_options": http2,
+		"load_assignment": m{"cluster_name": "outrigger-control-plane", "endpoints": []m{{
+			"lb_endpoints": []m{{"endpoint": m{"address": xds}}},
+		}}},
+	}
+	clusters := []m{controlPlane}
+	if c.SDS != "" {
+		address := m{}
+		if path, ok := strings.CutPrefix(c.SDS, "unix://"); ok {
+			address["pipe"] = m{"path": path}
+		} else if address, err = socket(c.SDS); err != nil {
+			return nil, err
+		}
+		clusters = append(clusters, m{
+			"name": ClusterSDS, "type": "STATIC", "connect_timeout": "1s", "typed_extension_protocol_options": http2,
+			"load_assignment": m{"cluster_name": ClusterSDS, "endpoints": []m{{
+				"lb_endpoints": []m{{"endpoint": m{"address": address}}},
+			}}},
+		})
+	}
+	if c.ControlPlaneTLS {
+		if c.SDS == "" {
+			return nil, errors.New("an Envoy reaches the control plane over TLS with a certificate from SDS: set SDS too")
+		}
+		secret := func(name string) m {
+			return m{"name": name, "sds_config": m{"resource_api_version": "V3", "api_config_source": m{
+				"api_type": "GRPC", "transport_api_version": "V3", "grpc_services": []m{{"envoy_grpc": m{"cluster_name": ClusterSDS}}},
+			}}}
+		}
+		controlPlane["transport_socket"] = m{"name": "envoy.transport_sockets.tls", "typed_config": m{
+			"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+			"common_tls_context": m{
+				"tls_params":                         m{"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+				"alpn_protocols":                     []string{"h2"},
+				"tls_certificate_sds_secret_configs": []m{secret(SecretCertificate)},
+				"combined_validation_context": m{
+					"default_validation_context": m{"match_typed_subject_alt_names": []m{{
+						"san_type": "URI", "matcher": m{"exact": "spiffe://" + c.TrustDomain + "/ns/outrigger-system/sa/control-plane"},
+					}}},
+					"validation_context_sds_secret_config": secret(SecretRoots),
+				},
+			},
+		}}
+	}
 	ads := m{"resource_api_version": "V3", "ads": m{}}
 	return json.MarshalIndent(m{
 		"node":  m{"id": c.NodeID(), "cluster": c.Workload + "." + c.Namespace, "metadata": c.Metadata()},
@@ -42,15 +96,6 @@ func (c Config) Envoy(adminAddress string) ([]byte, error) {
 				"grpc_services": []m{{"envoy_grpc": m{"cluster_name": "outrigger-control-plane"}}},
 			},
 		},
-		"static_resources": m{"clusters": []m{{
-			"name": "outrigger-control-plane", "type": "STRICT_DNS", "connect_timeout": "1s",
-			"typed_extension_protocol_options": m{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": m{
-				"@type":                "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-				"explicit_http_config": m{"http2_protocol_options": m{"connection_keepalive": m{"interval": "30s", "timeout": "5s"}}},
-			}},
-			"load_assignment": m{"cluster_name": "outrigger-control-plane", "endpoints": []m{{
-				"lb_endpoints": []m{{"endpoint": m{"address": xds}}},
-			}}},
-		}}},
+		"static_resources": m{"clusters": clusters},
 	}, "", "  ")
 }

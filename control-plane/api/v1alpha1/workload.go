@@ -17,9 +17,26 @@ type Workload struct {
 type WorkloadSpec struct {
 	// ServiceAccount is the identity of the program. Default: default.
 	ServiceAccount string `json:"serviceAccount,omitempty"`
+	// MTLS says what the program's sidecar takes from other workloads. Default:
+	// Disabled.
+	MTLS MTLSMode `json:"mtls,omitempty"`
 	// Endpoints of the program. At least one, at most 1000.
 	Endpoints []WorkloadEndpoint `json:"endpoints"`
 }
+
+// MTLSMode is what a workload takes from others.
+type MTLSMode string
+
+// The modes. The sidecar's --mtls must say the same: this one tells callers.
+const (
+	// MTLSDisabled: callers speak in clear.
+	MTLSDisabled MTLSMode = "Disabled"
+	// MTLSPermissive: callers in the mesh use mutual TLS; those that have no
+	// sidecar are taken in clear.
+	MTLSPermissive MTLSMode = "Permissive"
+	// MTLSStrict: callers use mutual TLS, and those that do not are refused.
+	MTLSStrict MTLSMode = "Strict"
+)
 
 // WorkloadEndpoint is one running instance.
 type WorkloadEndpoint struct {

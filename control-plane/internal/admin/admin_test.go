@@ -30,6 +30,11 @@ func shop() *mesh.Mesh {
 				Policy: "shop/payments", Observe: true,
 				Trip: &mesh.Trip{ConsecutiveFailures: 5, Window: 10 * time.Second, MinimumRequests: 20, OpenFor: 15 * time.Second},
 			},
+		}, {
+			Number: 443, Protocol: mesh.TLS, OnlyServerNames: true, ServerNames: []mesh.ServerName{
+				{Name: "a.example", Route: "shop/a", Backends: []mesh.Backend{{Namespace: "shop", Service: "payments", Port: 443, Weight: 1}}},
+				{Name: "*.example", Route: "shop/b"},
+			},
 		}},
 	}}}
 }
@@ -76,6 +81,8 @@ func TestPages(t *testing.T) {
 	f("/metrics", 200, "outrigger_test 0")
 	f("/debug/mesh", 200, "shop/payments:80  http\n  route default: -> shop/payments:80*1\n")
 	f("/debug/mesh", 200, "circuit breaker shop/payments Observe: trips after 5 failures in a row; over 10s, of 20 requests; open for 15s;\n  endpoint 127.0.0.1:9 ready instance=payments-0\n")
+	f("/debug/mesh", 200, "shop/payments:443  tls\n  server name a.example of TLSRoute shop/a: -> shop/payments:443*1\n"+
+		"  server name *.example of TLSRoute shop/b: -> refused, no backend\n  other server names: refused\n")
 	f("/debug/problems", 200, `"p"`)
 	f("/debug/proxies", 200, `"n": 1`)
 	f("/debug/xds", 500, "cannot render")

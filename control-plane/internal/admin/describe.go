@@ -29,6 +29,7 @@ func Describe(m *mesh.Mesh) string {
 			for _, r := range p.Routes {
 				describeRoute(&b, r)
 			}
+			describeNames(&b, p)
 			if p.Protocol.IsHTTP() {
 				fmt.Fprintf(&b, "  retry budget %d %%, at least %d\n", p.Budget.Percent, p.Budget.MinConcurrency)
 			}
@@ -52,6 +53,22 @@ func Describe(m *mesh.Mesh) string {
 		}
 	}
 	return b.String()
+}
+
+func describeNames(b *strings.Builder, p mesh.Port) {
+	for _, n := range p.ServerNames {
+		fmt.Fprintf(b, "  server name %s of TLSRoute %s: ->", n.Name, n.Route)
+		if len(n.Backends) == 0 {
+			b.WriteString(" refused, no backend")
+		}
+		for _, be := range n.Backends {
+			fmt.Fprintf(b, " %s*%d", mesh.Key(be.Namespace, be.Service, be.Port), be.Weight)
+		}
+		b.WriteByte('\n')
+	}
+	if p.OnlyServerNames {
+		b.WriteString("  other server names: refused\n")
+	}
 }
 
 func describeRoute(b *strings.Builder, r mesh.Route) {

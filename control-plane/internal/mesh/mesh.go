@@ -61,6 +61,9 @@ type Port struct {
 	Protocol Protocol
 	// Endpoints by address. Empty means that every call is answered 503 UH.
 	Endpoints []Endpoint
+	// Identities are the SPIFFE IDs of the endpoints that take mutual TLS, sorted;
+	// none where none does.
+	Identities []string
 	// Routes in order of precedence (Gateway API, HTTPRouteRule.matches). Where
 	// no HTTPRoute is attached to a port that may be HTTP there is one, the implicit
 	// route named "default" to the port itself. Where some are attached there is no
@@ -94,7 +97,9 @@ type Endpoint struct {
 	// Workload that the instance belongs to.
 	Workload       string
 	ServiceAccount string
-	Zone           string
+	// MTLS: the endpoint takes mutual TLS from the proxies of other workloads.
+	MTLS bool
+	Zone string
 	// Ready is false for endpoints that should get no new requests.
 	Ready bool
 }

@@ -22,8 +22,11 @@ func dump(m *mesh.Mesh) string {
 				line(2, "budget %d%% min %d", p.Budget.Percent, p.Budget.MinConcurrency)
 			}
 			for _, e := range p.Endpoints {
-				line(2, "endpoint %s%s%s%s%s%s", e.Address, option(" instance=", e.Instance), option(" workload=", e.Workload),
-					option(" account=", e.ServiceAccount), option(" zone=", e.Zone), when(!e.Ready, " not ready"))
+				line(2, "endpoint %s%s%s%s%s%s%s", e.Address, option(" instance=", e.Instance), option(" workload=", e.Workload),
+					option(" account=", e.ServiceAccount), option(" zone=", e.Zone), when(!e.Ready, " not ready"), when(e.MTLS, " mtls"))
+			}
+			for _, id := range p.Identities {
+				line(2, "identity %s", id)
 			}
 			for _, r := range p.Routes {
 				line(2, "route %s: %s", r.Name, match(r.Match))

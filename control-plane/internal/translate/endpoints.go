@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/api/v1alpha1"
+	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
 )
 
@@ -119,6 +120,11 @@ func (b *builder) addWorkloads(in []*v1alpha1.Workload) {
 		if errs := validation.IsDNS1123Subdomain(account); len(errs) > 0 {
 			r.add("spec.serviceAccount", ReasonInvalid, "%q cannot be a name; %s", account, nameRemedy)
 		}
+		switch w.Spec.MTLS {
+		case "", v1alpha1.MTLSDisabled, v1alpha1.MTLSPermissive, v1alpha1.MTLSStrict:
+		default:
+			r.add("spec.mtls", ReasonInvalid, "%q is no mode; write %s, %s or %s", w.Spec.MTLS, v1alpha1.MTLSDisabled, v1alpha1.MTLSPermissive, v1alpha1.MTLSStrict)
+		}
 		switch n := len(w.Spec.Endpoints); {
 		case n == 0:
 			r.add("spec.endpoints", ReasonInvalid, "empty; list at least one address, or delete the Workload")
@@ -169,6 +175,7 @@ func (b *builder) addInstance(r *report, w *v1alpha1.Workload, i int, account st
 				Instance:       instance,
 				Workload:       w.Name,
 				ServiceAccount: account,
+				MTLS:           w.Spec.MTLS == v1alpha1.MTLSPermissive || w.Spec.MTLS == v1alpha1.MTLSStrict,
 				Zone:           ep.Zone,
 				Ready:          true,
 			})
@@ -227,10 +234,18 @@ func (b *builder) sortEndpoints() {
 					-cmp.Compare(a.Workload, b.Workload),
 					-cmp.Compare(a.Instance, b.Instance),
 					-cmp.Compare(a.ServiceAccount, b.ServiceAccount),
+					-compareBool(a.MTLS, b.MTLS), // where two disagree, the careful one
 					-cmp.Compare(a.Zone, b.Zone),
 				)
 			})
 			p.Endpoints = slices.CompactFunc(p.Endpoints, func(a, b mesh.Endpoint) bool { return a.Address == b.Address })
+			for _, e := range p.Endpoints {
+				if e.MTLS {
+					p.Identities = append(p.Identities, identity.Identity{TrustDomain: b.trustDomain, Namespace: s.namespace, ServiceAccount: e.ServiceAccount}.SPIFFE())
+				}
+			}
+			slices.Sort(p.Identities)
+			p.Identities = slices.Compact(p.Identities)
 		}
 	}
 }

@@ -52,7 +52,7 @@ type Options struct {
 //
 // Build is safe for concurrent use and never panics on what the objects hold.
 func Build(in Objects, opts Options) (*mesh.Mesh, []Problem) {
-	b := builder{services: map[key]*service{}, routes: map[key]*gatewayv1.HTTPRoute{}}
+	b := builder{trustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain), services: map[key]*service{}, routes: map[key]*gatewayv1.HTTPRoute{}}
 
 	b.addServices(ordered(&b, kindService, in.Services))
 	b.resolveVIPs()
@@ -70,7 +70,7 @@ func Build(in Objects, opts Options) (*mesh.Mesh, []Problem) {
 	b.addTLSRoutes(ordered(&b, kindTLSRoute, in.TLSRoutes))
 	b.addCircuitBreakers(ordered(&b, kindCircuitBreaker, in.CircuitBreakers))
 
-	m := &mesh.Mesh{TrustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain)}
+	m := &mesh.Mesh{TrustDomain: b.trustDomain}
 	for _, s := range b.sortedServices() {
 		m.Services = append(m.Services, s.model())
 	}
@@ -90,7 +90,8 @@ const (
 
 // builder is the state of one Build.
 type builder struct {
-	services map[key]*service
+	trustDomain string
+	services    map[key]*service
 	// routes are all HTTPRoutes, whether or not they are attached to a Service:
 	// policies name them.
 	routes   map[key]*gatewayv1.HTTPRoute

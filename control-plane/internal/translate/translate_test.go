@@ -156,6 +156,8 @@ func loosely(o *translate.Objects, doc []byte) {
 		decode(&o.EndpointSlices, doc)
 	case "HTTPRoute":
 		decode(&o.HTTPRoutes, doc)
+	case "TLSRoute":
+		decode(&o.TLSRoutes, doc)
 	case "Workload":
 		decode(&o.Workloads, doc)
 	case "CircuitBreaker":

@@ -51,6 +51,11 @@ func cluster(key string, p mesh.Port, dp DataPlane) *clusterv3.Cluster {
 			},
 		})}
 	}
+	if p.Protocol == mesh.Unknown && dp == Envoy {
+		// What a connection has turned out to speak is gone on with. Our sidecar does so
+		// by itself.
+		c.TypedExtensionProtocolOptions = asDownstream()
+	}
 	c.Metadata = breakerMetadata(p.Breaker)
 	if dp == Envoy {
 		// Without this, Envoy sends requests to ejected and unready endpoints

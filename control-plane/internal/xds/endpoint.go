@@ -63,10 +63,17 @@ func endpointMetadata(e mesh.Endpoint) *corev3.Metadata {
 			fields[name] = structpb.NewStringValue(v)
 		}
 	}
-	if len(fields) == 0 {
+	m := map[string]*structpb.Struct{}
+	if len(fields) > 0 {
+		m[MetadataKey] = &structpb.Struct{Fields: fields}
+	}
+	if e.MTLS {
+		m[transportSocketMatch] = mtlsMatch()
+	}
+	if len(m) == 0 {
 		return nil
 	}
-	return &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{MetadataKey: {Fields: fields}}}
+	return &corev3.Metadata{FilterMetadata: m}
 }
 
 func socketAddress(a netip.AddrPort) *corev3.Address {

@@ -36,12 +36,20 @@ type EnvoyNode struct {
 	Workload  string
 	Upstreams []bootstrap.Upstream
 	Inbounds  []bootstrap.Inbound
+	// MTLS is what the node takes from those who call it: a word of
+	// bootstrap.Config.
+	MTLS string
+	// Certificates: the node gets its certificate by SDS.
+	Certificates bool
+	// TrustDomain of the callers. It is set by EnvoyView.
+	TrustDomain string
 }
 
 // Key tells nodes apart that need different listeners; replicas share one.
 func (n EnvoyNode) Key() string {
 	var b strings.Builder
 	b.WriteString(strconv.Quote(n.Namespace) + strconv.Quote(n.Workload) + "\n")
+	b.WriteString(n.MTLS + strconv.FormatBool(n.Certificates) + "\n")
 	for _, u := range n.Upstreams {
 		b.WriteString(u.String() + "\n")
 	}
@@ -51,13 +59,25 @@ func (n EnvoyNode) Key() string {
 	return b.String()
 }
 
-// ParseEnvoyNode reads NAMESPACE, WORKLOAD and the lists UPSTREAMS and INBOUNDS
-// of the node metadata that bootstrap.Config writes. Each may be absent. The error names every entry
+// ParseEnvoyNode reads NAMESPACE, WORKLOAD, MTLS, SDS and the lists UPSTREAMS and
+// INBOUNDS of the node metadata that bootstrap.Config writes. Each may be absent. The error names every entry
 // that cannot be read.
 func ParseEnvoyNode(metadata *structpb.Struct) (EnvoyNode, error) {
 	n := EnvoyNode{
 		Namespace: metadata.GetFields()[bootstrap.MetaNamespace].GetStringValue(),
 		Workload:  metadata.GetFields()[bootstrap.MetaWorkload].GetStringValue(),
+		MTLS:      metadata.GetFields()[bootstrap.MetaMTLS].GetStringValue(),
+
+		Certificates: metadata.GetFields()[bootstrap.MetaSDS].GetStringValue() == "true",
+	}
+	switch n.MTLS {
+	case "", bootstrap.MTLSOff:
+	case bootstrap.MTLSPermissive, bootstrap.MTLSStrict:
+		if !n.Certificates {
+			return EnvoyNode{}, fmt.Errorf("node metadata %s is %q, and %s is not: an Envoy without a certificate can take no mutual TLS", bootstrap.MetaMTLS, n.MTLS, bootstrap.MetaSDS)
+		}
+	default:
+		return EnvoyNode{}, fmt.Errorf("node metadata %s is %q: write off, permissive or strict", bootstrap.MetaMTLS, n.MTLS)
 	}
 	var errs []error
 	ups := metadata.GetFields()[bootstrap.MetaUpstreams].GetListValue().GetValues()
@@ -109,6 +129,7 @@ type EnvoyView struct {
 // upstreams can reach. The set must have been built for Envoy.
 func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 	v := &EnvoyView{Listeners: Resources{}, Clusters: Resources{}}
+	n.TrustDomain = s.trustDomain
 	for _, u := range n.Upstreams {
 		ps := s.ports[u.Key()]
 		if ps == nil {
@@ -118,14 +139,14 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 		name := ListenerName(u.Key()) + "|" + u.Listen.String()
 		l := &listenerv3.Listener{
 			Name: name, Address: socketAddress(u.Listen), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
-			FilterChains: []*listenerv3.FilterChain{outboundChain(u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
-				if m != nil {
-					forEnvoy(m, n.logFields("outbound", u.Key()))
-					return
-				}
-				t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
-			})},
 		}
+		outbound(l, u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
+			if m != nil {
+				forEnvoy(m, n.logFields("outbound", u.Key()))
+				return
+			}
+			t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
+		})
 		r, err := encode(ListenerType, name, l)
 		if err != nil {
 			return nil, err
@@ -133,7 +154,11 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 		r.Reaches = ps.reaches
 		v.Listeners[name] = r
 		for _, c := range ps.reaches {
-			if r := s.types[ClusterType][c]; r != nil {
+			r := s.types[ClusterType][c]
+			if ps := s.ports[c]; ps != nil && ps.clear != nil && !n.Certificates {
+				r = ps.clear
+			}
+			if r != nil {
 				v.Clusters[c] = r
 			}
 		}
@@ -168,10 +193,12 @@ func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 	l := &listenerv3.Listener{
 		Name: "inbound/" + in.Listen.String(), Address: socketAddress(in.Listen), TrafficDirection: corev3.TrafficDirection_INBOUND,
 	}
-	if in.Protocol == "tcp" {
-		l.FilterChains = []*listenerv3.FilterChain{chain(filterTCPProxy, &tcpproxyv3.TcpProxy{
-			StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(fields.tcp()),
-		})}
+	plain := chain(filterTCPProxy, &tcpproxyv3.TcpProxy{
+		StatPrefix: l.GetName(), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: to}, AccessLog: accessLog(maps.Clone(fields).tcp()),
+	})
+	if in.Protocol == "tcp" || in.Protocol == "tls" {
+		l.FilterChains = []*listenerv3.FilterChain{plain}
+		n.secureInbound(l)
 		return l
 	}
 	m := manager(l.GetName(), "")
@@ -191,7 +218,13 @@ func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 		}},
 	}}
 	forEnvoy(m, fields)
-	l.FilterChains = []*listenerv3.FilterChain{chain(filterHCM, m)}
+	http := chain(filterHCM, m)
+	if in.Protocol == "auto" {
+		detecting(l, http, plain)
+	} else {
+		l.FilterChains = []*listenerv3.FilterChain{http}
+	}
+	n.secureInbound(l)
 	return l
 }
 
@@ -214,17 +247,22 @@ func inboundCluster(in bootstrap.Inbound) *clusterv3.Cluster {
 		}}},
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 	}
-	if in.Protocol != "tcp" {
-		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{httpOptions: packed(&httpv3.HttpProtocolOptions{
-			UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
-				UseDownstreamProtocolConfig: &httpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
-					HttpProtocolOptions:  &corev3.Http1ProtocolOptions{},
-					Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
-				},
-			},
-		})}
+	if in.Protocol == "http" || in.Protocol == "auto" {
+		c.TypedExtensionProtocolOptions = asDownstream()
 	}
 	return c
+}
+
+// asDownstream speaks to endpoints in the version of HTTP that the caller speaks.
+func asDownstream() map[string]*anypb.Any {
+	return map[string]*anypb.Any{httpOptions: packed(&httpv3.HttpProtocolOptions{
+		UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
+			UseDownstreamProtocolConfig: &httpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
+				HttpProtocolOptions:  &corev3.Http1ProtocolOptions{},
+				Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
+			},
+		},
+	})}
 }
 
 // forEnvoy adds what our own sidecar does by itself.
@@ -294,6 +332,8 @@ func (f logFields) tcp() logFields {
 		"message":          "tcp -> %RESPONSE_FLAGS% %DURATION%ms",
 		"network.protocol": "tcp",
 		"event.duration":   "%DURATION%000000",
+		// Only where the listener looks at what a client says.
+		"tls.client.server_name": "%REQUESTED_SERVER_NAME%",
 	})
 	return f
 }

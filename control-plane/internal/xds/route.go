@@ -30,15 +30,6 @@ func routeConfiguration(key string, p mesh.Port, dp DataPlane) *routev3.RouteCon
 			vh.Routes = append(vh.Routes, out)
 		}
 	}
-	if len(p.Routes) == 0 && !p.Protocol.IsHTTP() {
-		vh.Routes = []*routev3.Route{{
-			Name:  "default",
-			Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
-			Action: &routev3.Route_Route{Route: &routev3.RouteAction{
-				ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: key},
-			}},
-		}}
-	}
 	return &routev3.RouteConfiguration{Name: key, VirtualHosts: []*routev3.VirtualHost{vh}}
 }
 

@@ -40,7 +40,10 @@
 //	  idempotentOn  [words]  retry_on words that apply to idempotent methods only
 //
 // An endpoint's filter_metadata["outrigger.dev"] holds the strings instance,
-// workload and serviceAccount; those that are unknown are absent.
+// workload and serviceAccount; those that are unknown are absent. One that takes
+// mutual TLS says so in filter_metadata["envoy.transport_socket_match"] by
+// {"outrigger.dev/mtls": "true"}; its cluster has transport_socket_matches then,
+// whose TLS context names the identities of which the peer must prove one.
 //
 // In circuit_breakers, 4294967295 is "no limit": Envoy's own default for a
 // threshold that is absent is 1024, which nobody asked for. A retry_policy
@@ -128,9 +131,10 @@ func VersionOf(content []byte) string {
 
 // Set is all that one data plane may be told. It is never changed once built.
 type Set struct {
-	DataPlane DataPlane
-	types     map[string]Resources
-	ports     map[string]*portSet
+	DataPlane   DataPlane
+	trustDomain string
+	types       map[string]Resources
+	ports       map[string]*portSet
 }
 
 // Of returns the resources of a type that all nodes share; nil for a type that
@@ -159,6 +163,7 @@ type portSet struct {
 	listeners []*Resource
 	route     *Resource // nil for ports that are not routed by request
 	cluster   *Resource
+	clear     *Resource // the cluster for an Envoy that has no certificate; nil where it is no other
 	endpoints *Resource
 	reaches   []string // clusters that calls to the port may go to, sorted
 }
@@ -169,7 +174,7 @@ type portSet struct {
 //
 // An error is a broken invariant: a message that cannot be encoded.
 func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
-	s := &Set{DataPlane: dp, types: map[string]Resources{}, ports: map[string]*portSet{}}
+	s := &Set{DataPlane: dp, trustDomain: m.TrustDomain, types: map[string]Resources{}, ports: map[string]*portSet{}}
 	for _, t := range TypeURLs() {
 		s.types[t] = Resources{}
 	}
@@ -234,15 +239,24 @@ func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*por
 	ps := &portSet{namespace: svc.Namespace, service: svc.Name, vips: svc.VIPs, port: p}
 	var err error
 	if old != nil && sameButEndpoints(old, ps) {
-		ps.listeners, ps.route, ps.cluster, ps.reaches = old.listeners, old.route, old.cluster, old.reaches
+		ps.listeners, ps.route, ps.cluster, ps.clear, ps.reaches = old.listeners, old.route, old.cluster, old.clear, old.reaches
 	} else {
 		if ps.listeners, err = listeners(svc, p, dp); err != nil {
 			return nil, err
 		}
-		if ps.cluster, err = encode(ClusterType, key, cluster(key, p, dp)); err != nil {
+		c := cluster(key, p, dp)
+		if dp == Envoy && len(p.Identities) > 0 {
+			if ps.clear, err = encode(ClusterType, key, c); err != nil {
+				return nil, err
+			}
+		}
+		if dp != GRPC {
+			c.TransportSocketMatches = transportSockets(svc, p)
+		}
+		if ps.cluster, err = encode(ClusterType, key, c); err != nil {
 			return nil, err
 		}
-		if routed(p, dp) {
+		if routed(p) {
 			if ps.route, err = encode(RouteType, key, routeConfiguration(key, p, dp)); err != nil {
 				return nil, err
 			}
@@ -289,22 +303,26 @@ func sameButEndpoints(a, b *portSet) bool {
 
 // routed reports whether the port has a RouteConfiguration. A gRPC client that
 // dials a port of unknown protocol has thereby said what it speaks.
-func routed(p mesh.Port, dp DataPlane) bool {
-	return p.Protocol.IsHTTP() || (dp == GRPC && p.Protocol == mesh.Unknown)
-}
+func routed(p mesh.Port) bool { return p.Protocol.MayBeHTTP() }
 
 // reaches lists the clusters that calls to a port may end in.
 func reaches(key string, p mesh.Port) []string {
-	if !p.Protocol.IsHTTP() {
-		return []string{key}
-	}
 	var out []string
-	for _, r := range p.Routes {
-		for _, b := range r.Backends {
+	if !p.Protocol.IsHTTP() && !p.OnlyServerNames {
+		out = append(out, key)
+	}
+	add := func(backends []mesh.Backend) {
+		for _, b := range backends {
 			if b.Weight > 0 {
 				out = append(out, mesh.Key(b.Namespace, b.Service, b.Port))
 			}
 		}
+	}
+	for _, r := range p.Routes {
+		add(r.Backends)
+	}
+	for _, n := range p.ServerNames {
+		add(n.Backends)
 	}
 	slices.Sort(out)
 	return slices.Compact(out)

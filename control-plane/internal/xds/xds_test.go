@@ -74,7 +74,7 @@ func TestGolden(t *testing.T) {
 		var notes strings.Builder
 		for _, s := range m.Services {
 			for _, p := range s.Ports {
-				ns := xds.BreakerParity(p.Breaker)
+				ns := append(xds.BreakerParity(p.Breaker), xds.MTLSParity(p)...)
 				for _, r := range p.Routes {
 					ns = append(ns, xds.RetryParity(r.Retry)...)
 				}
@@ -150,6 +150,34 @@ func TestBuildTakesOverWhatDidNotChange(t *testing.T) {
 	}
 }
 
+// An Envoy that has no certificate is not told of one that it would have to
+// fetch: it would refuse the whole cluster. It speaks in clear, and a strict
+// endpoint refuses it.
+func TestEnvoyWithoutCertificate(t *testing.T) {
+	m := shop("10.0.0.1:80")
+	p := &m.Services[0].Ports[0]
+	p.Endpoints[0].MTLS, p.Identities = true, []string{"spiffe://cluster.local/ns/shop/sa/pay"}
+	set, err := xds.Build(m, xds.Envoy, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := xds.EnvoyNode{Upstreams: []bootstrap.Upstream{{Service: "payments", Namespace: "shop", Port: 80, Listen: netip.MustParseAddrPort("127.0.0.1:4001")}}}
+	const key = "shop/payments:80"
+	without, err := set.EnvoyView(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Certificates = true
+	with, err := set.EnvoyView(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tls := []byte("UpstreamTlsContext")
+	if bytes.Contains(without.Clusters[key].Any.GetValue(), tls) || !bytes.Contains(with.Clusters[key].Any.GetValue(), tls) {
+		t.Error("the cluster is not the one for the node")
+	}
+}
+
 func TestDataPlaneOf(t *testing.T) {
 	f := func(agent string, want xds.DataPlane) {
 		t.Helper()
@@ -178,6 +206,8 @@ func TestEnvoyNodeErrorsNameTheEntry(t *testing.T) {
 	f(`{"UPSTREAMS": ["payments=1"]}`, `"payments=1"`)
 	f(`{"INBOUNDS": [4]}`, `inbound ""`)
 	f(`{"UPSTREAMS": ["a.b:1=127.0.0.1:1"], "INBOUNDS": ["127.0.0.1:1=127.0.0.1:2"]}`, "two listeners on 127.0.0.1:1")
+	f(`{"MTLS": "Strict", "SDS": "true"}`, `MTLS is "Strict": write off, permissive or strict`)
+	f(`{"MTLS": "strict"}`, "an Envoy without a certificate can take no mutual TLS")
 	f(`{"UPSTREAMS": [`+strings.TrimSuffix(strings.Repeat(`"",`, 257), ",")+`]}`, "at most 256")
 }
 

@@ -19,7 +19,7 @@ import (
 const (
 	Data         = 0x0
 	Headers      = 0x1
-	reset        = 0x3
+	Reset        = 0x3
 	settings     = 0x4
 	pushPromise  = 0x5
 	ping         = 0x6
@@ -68,8 +68,8 @@ func Message(n int) []byte {
 
 // Blocks are the header blocks of a list that is sent again and again: the first
 // fills the table of the connection's decoder, all later ones refer to it. No
-// other block of the connection may change the table.
-type Blocks struct{ First, Later []byte }
+// other block of the connection may change the table. Plain uses no table.
+type Blocks struct{ First, Later, Plain []byte }
 
 // Prepare encodes a list as it is sent first and later.
 func Prepare(list ...hpack.HeaderField) Blocks {
@@ -82,7 +82,13 @@ func Prepare(list ...hpack.HeaderField) Blocks {
 		}
 		return bytes.Clone(buf.Bytes())
 	}
-	return Blocks{encode(), encode()}
+	b := Blocks{First: encode(), Later: encode()}
+	enc = hpack.NewEncoder(&buf)
+	for i := range list {
+		list[i].Sensitive = true
+	}
+	b.Plain = encode()
+	return b
 }
 
 // Literal encodes a field so that it does not change the table (RFC 7541 section
@@ -98,7 +104,10 @@ type Conn struct {
 	// Window is how much data may be sent on the connection.
 	Window int64
 	// Initial is how much may be sent on a stream that begins now.
-	Initial  int64
+	Initial int64
+	// NoTable says that the other side keeps less of a table for HPACK than
+	// prepared blocks may fill.
+	NoTable  bool
 	consumed int64
 }
 
@@ -112,11 +121,14 @@ type Frame struct {
 
 // Events are what a stream's owner is told.
 type Events interface {
-	// Frame is called for Data and Headers.
+	// Frame is called for Data, Headers and Reset, whose payload is the code.
 	Frame(f Frame) error
 	// Grow says that a stream may send so much more; stream 0 that the
 	// connection may (Conn.Window is that much larger already).
 	Grow(stream uint32, by int64)
+	// Shift says that every open stream may send so much more or, where it is
+	// negative, less (RFC 9113 section 6.9.2).
+	Shift(by int64)
 }
 
 // Open appends what either side says first: its settings and its window.
@@ -144,6 +156,9 @@ func (c *Conn) Receive(data []byte, out *[]byte, to Events) (used int, err error
 	for len(data)-used >= headerLen {
 		h := data[used:]
 		n := int(h[0])<<16 | int(h[1])<<8 | int(h[2])
+		if bytes.HasPrefix(h, []byte("HTTP/1")) {
+			return used, errors.New("the other side answers in HTTP/1")
+		}
 		if n > maxFrame {
 			return used, fmt.Errorf("frame of %d bytes, more than %d", n, maxFrame)
 		}
@@ -187,16 +202,17 @@ func (c *Conn) frame(kind, flags byte, stream uint32, p []byte, out *[]byte, to 
 		}
 		for ; len(p) >= 6; p = p[6:] {
 			id, v := binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:])
-			switch {
-			case id == 0x4:
+			switch id {
+			case 0x4:
+				by := int64(v) - c.Initial
 				c.Initial = int64(v)
-			case id == 0x1 && v < tableSize:
-				return fmt.Errorf("the other side wants an HPACK table of %d bytes; prepared blocks need %d", v, tableSize)
+				to.Shift(by)
+			case 0x1:
+				c.NoTable = v < tableSize
 			default:
 			}
 		}
 		*out = Append(*out, settings, ack, 0, nil)
-		to.Grow(0, 0)
 	case ping:
 		if flags&ack == 0 {
 			*out = Append(*out, ping, ack, 0, p)
@@ -210,11 +226,11 @@ func (c *Conn) frame(kind, flags byte, stream uint32, p []byte, out *[]byte, to 
 			c.Window += by
 		}
 		to.Grow(stream, by)
-	case reset:
-		if len(p) == 4 {
-			return fmt.Errorf("stream %d was reset with error %d", stream, binary.BigEndian.Uint32(p))
+	case Reset:
+		if len(p) != 4 {
+			return fmt.Errorf("RST_STREAM of %d bytes", len(p))
 		}
-		return fmt.Errorf("RST_STREAM of %d bytes", len(p))
+		return to.Frame(Frame{kind, true, stream, p})
 	case goAway:
 		if len(p) >= 8 {
 			return fmt.Errorf("GOAWAY with error %d: %q", binary.BigEndian.Uint32(p[4:]), p[8:])

@@ -3,6 +3,7 @@ package frames
 import (
 	"bytes"
 	"io"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -13,6 +14,7 @@ import (
 type seen struct {
 	frames []Frame
 	grown  []int64
+	by     int64
 }
 
 func (s *seen) Frame(f Frame) error {
@@ -20,6 +22,8 @@ func (s *seen) Frame(f Frame) error {
 	s.frames = append(s.frames, f)
 	return nil
 }
+
+func (s *seen) Shift(by int64) { s.by += by }
 
 func (s *seen) Grow(stream uint32, by int64) { s.grown = append(s.grown, int64(stream), by) }
 
@@ -29,10 +33,10 @@ func TestReceivesWhatAFramerWrites(t *testing.T) {
 	var wire bytes.Buffer
 	w := http2.NewFramer(&wire, nil)
 	for _, err := range []error{
-		w.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1000}),
+		w.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1000}, http2.Setting{ID: http2.SettingHeaderTableSize, Val: 0}),
 		w.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte("block"), EndHeaders: true, PadLength: 3, Priority: http2.PriorityParam{Weight: 5}}),
 		w.WriteWindowUpdate(0, 10), w.WriteWindowUpdate(1, 20), w.WritePing(false, [8]byte{7}), w.WriteSettingsAck(),
-		w.WriteDataPadded(1, true, []byte("data"), []byte{0, 0}),
+		w.WriteDataPadded(1, true, []byte("data"), []byte{0, 0}), w.WriteRSTStream(3, http2.ErrCodeCancel),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -50,14 +54,14 @@ func TestReceivesWhatAFramerWrites(t *testing.T) {
 		if _, err := c.Receive(wire.Bytes()[used:], &out, &s); err != nil {
 			t.Fatal(err)
 		}
-		if c.Initial != 1000 || c.Window != defaultWindow+10 {
-			t.Errorf("cut at %d: windows %d and %d", cut, c.Initial, c.Window)
+		if !c.NoTable || c.Initial != 1000 || s.by != 1000-defaultWindow || c.Window != defaultWindow+10 {
+			t.Errorf("cut at %d: windows %d, by %d, and %d", cut, c.Initial, s.by, c.Window)
 		}
-		want := []Frame{{Headers, false, 1, []byte("block")}, {Data, true, 1, []byte("data")}}
+		want := []Frame{{Headers, false, 1, []byte("block")}, {Data, true, 1, []byte("data")}, {Reset, true, 3, []byte{0, 0, 0, 8}}}
 		if d := cmp.Diff(want, s.frames); d != "" {
 			t.Errorf("cut at %d: %s", cut, d)
 		}
-		if d := cmp.Diff([]int64{0, 0, 0, 10, 1, 20}, s.grown); d != "" {
+		if d := cmp.Diff([]int64{0, 10, 1, 20}, s.grown); d != "" {
 			t.Errorf("cut at %d: %s", cut, d)
 		}
 		r := http2.NewFramer(io.Discard, bytes.NewReader(out))
@@ -81,10 +85,9 @@ func TestWhatEndsAConnectionIsSaid(t *testing.T) {
 	}
 	f(Headers, 0, "half")
 	f(Data, padded, "\x09abc")
-	f(reset, 0, "\x00\x00\x00\x08")
+	f(Reset, 0, "\x00")
 	f(goAway, 0, "\x00\x00\x00\x01\x00\x00\x00\x0bcalm")
 	f(continuation, 0, "")
-	f(settings, 0, "\x00\x01\x00\x00\x00\x00")
 	f(windowUpdate, 0, "")
 	if _, err := (&Conn{}).Receive([]byte{0xff, 0, 0, 0, 0, 0, 0, 0, 0}, nil, &seen{}); err == nil {
 		t.Error("a frame of 16 MiB was awaited")
@@ -95,22 +98,28 @@ func TestWhatEndsAConnectionIsSaid(t *testing.T) {
 // reads any number of later ones, with literals between them.
 func TestPreparedBlocksSayTheSameEachTime(t *testing.T) {
 	list := []hpack.HeaderField{{Name: ":status", Value: "200"}, {Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"}}
-	blocks := Prepare(list...)
-	dec := hpack.NewDecoder(tableSize, nil)
-	read := func(block []byte, want ...hpack.HeaderField) {
+	blocks := Prepare(slices.Clone(list)...)
+	dec, without := hpack.NewDecoder(tableSize, nil), hpack.NewDecoder(0, nil)
+	read := func(dec *hpack.Decoder, block []byte, want ...hpack.HeaderField) {
 		t.Helper()
 		got, err := dec.DecodeFull(block)
 		if err != nil {
 			t.Fatal(err)
 		}
+		for i := range got {
+			got[i].Sensitive = false // says how it was sent
+		}
 		if d := cmp.Diff(want, got); d != "" {
 			t.Error(d)
 		}
 	}
-	read(blocks.First, list...)
+	read(dec, blocks.First, list...)
 	for range 3 {
-		read(blocks.Later, list...)
-		read(Literal("grpc-status", "0"), hpack.HeaderField{Name: "grpc-status", Value: "0"})
+		read(dec, blocks.Later, list...)
+		read(dec, Literal("grpc-status", "0"), hpack.HeaderField{Name: "grpc-status", Value: "0"})
+	}
+	for range 2 {
+		read(without, blocks.Plain, list...)
 	}
 	if len(blocks.Later) != len(list) {
 		t.Errorf("a later block takes %d bytes for %d fields", len(blocks.Later), len(list))

@@ -156,7 +156,7 @@ func (c *Client) Slots() int { return len(c.all) }
 // Closed asks in every slot, and again as soon as the answer is there, for the
 // time given.
 func (c *Client) Closed(ctx context.Context, d time.Duration) (Result, error) {
-	return c.run(func() error {
+	return c.run(ctx, func() error {
 		c.again = true
 		for len(c.free) > 0 {
 			c.ask(c.now())
@@ -173,7 +173,7 @@ func (c *Client) Closed(ctx context.Context, d time.Duration) (Result, error) {
 
 // Once asks once in every slot, at most so many at a time.
 func (c *Client) Once(ctx context.Context, atOnce int) (Result, error) {
-	return c.run(func() error {
+	return c.run(ctx, func() error {
 		todo := c.all
 		c.free = nil
 		for len(todo) > 0 || c.flying > 0 {
@@ -191,7 +191,7 @@ func (c *Client) Once(ctx context.Context, atOnce int) (Result, error) {
 
 // Open asks rate times a second for the time given, evenly spaced.
 func (c *Client) Open(ctx context.Context, rate int, d time.Duration) (Result, error) {
-	return c.run(func() error {
+	return c.run(ctx, func() error {
 		every := time.Second / time.Duration(rate)
 		start := c.now()
 		next := start
@@ -215,7 +215,7 @@ func (c *Client) Open(ctx context.Context, rate int, d time.Duration) (Result, e
 }
 
 // run does one run from a clean start and waits for what it left in flight.
-func (c *Client) run(do func() error) (Result, error) {
+func (c *Client) run(ctx context.Context, do func() error) (Result, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	c.record, c.requests, c.again, c.waiting = new(measure.Histogram), 0, false, nil
@@ -223,7 +223,7 @@ func (c *Client) run(do func() error) (Result, error) {
 	err := do()
 	c.again = false
 	for last := c.now() + patience; err == nil && (c.flying > 0 || len(c.waiting) > 0); {
-		if err = c.wait(context.Background()); err == nil && c.now() > last {
+		if err = c.wait(ctx); err == nil && c.now() > last {
 			err = fmt.Errorf("%d requests have no answer after %s", c.flying+len(c.waiting), patience)
 		}
 	}
@@ -236,7 +236,7 @@ func (c *Client) run(do func() error) (Result, error) {
 
 // Finish ends what outlives requests, such as the streams of gRPC, and waits for
 // the other side to agree that all went well.
-func (c *Client) Finish() error {
+func (c *Client) Finish(ctx context.Context) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	for last := c.now() + patience; ; {
@@ -249,7 +249,7 @@ func (c *Client) Finish() error {
 		if left == 0 {
 			return c.err
 		}
-		if err := c.wait(context.Background()); err != nil {
+		if err := c.wait(ctx); err != nil {
 			return err
 		}
 		if c.now() > last {

@@ -137,9 +137,9 @@ func (e *echo) Receive(_ *loop.Conn, data []byte) (int, error) {
 // Closed implements loop.Handler.
 func (e *echo) Closed(_ *loop.Conn, err error) { e.client.closed(err) }
 
-// grpc makes calls on one connection, several at once: unary ones, or streams
+// calls makes calls on one connection, several at once: unary ones, or streams
 // that stay open and carry a message there and back a request.
-type grpc struct {
+type calls struct {
 	client   *Client
 	conn     frames.Conn
 	stream   bool
@@ -171,12 +171,12 @@ var (
 	answerBytes = Small + 5
 )
 
-func newGRPC(c *Client, streams bool) *grpc {
+func newGRPC(c *Client, streams bool) *calls {
 	method := "Get"
 	if streams {
 		method = "Watch"
 	}
-	g := &grpc{client: c, stream: streams, next: 1, streams: map[uint32]*slot{}, headers: frames.Prepare(
+	g := &calls{client: c, stream: streams, next: 1, streams: map[uint32]*slot{}, headers: frames.Prepare(
 		hpack.HeaderField{Name: ":method", Value: "POST"}, hpack.HeaderField{Name: ":scheme", Value: "http"},
 		hpack.HeaderField{Name: ":path", Value: GRPCPath + method}, hpack.HeaderField{Name: ":authority", Value: Host},
 		hpack.HeaderField{Name: "content-type", Value: "application/grpc"}, hpack.HeaderField{Name: "user-agent", Value: "outrigger-bench/1"},
@@ -194,9 +194,9 @@ func newGRPC(c *Client, streams bool) *grpc {
 	return g
 }
 
-func (g *grpc) begin(c *loop.Conn) { c.Send(g.conn.Open([]byte(frames.Preface))) }
+func (g *calls) begin(c *loop.Conn) { c.Send(g.conn.Open([]byte(frames.Preface))) }
 
-func (g *grpc) ask(s *slot) {
+func (g *calls) ask(s *slot) {
 	if s.stream.id == 0 {
 		s.stream = stream{id: g.next, window: g.conn.Initial}
 		g.next += 2
@@ -214,7 +214,7 @@ func (g *grpc) ask(s *slot) {
 }
 
 // pump sends the message that a slot owes when both windows let it.
-func (g *grpc) pump(s *slot) {
+func (g *calls) pump(s *slot) {
 	n := int64(len(question))
 	if min(s.stream.window, g.conn.Window) < n {
 		g.blocked = append(g.blocked, s)
@@ -230,7 +230,7 @@ func (g *grpc) pump(s *slot) {
 	g.out = frames.Append(g.out, frames.Data, flags, s.stream.id, question)
 }
 
-func (g *grpc) flush(c *loop.Conn) {
+func (g *calls) flush(c *loop.Conn) {
 	if !g.deferred && len(g.out) > 0 {
 		c.Send(g.out)
 		g.out = g.out[:0]
@@ -238,7 +238,7 @@ func (g *grpc) flush(c *loop.Conn) {
 }
 
 // finish ends the streams that are open; it may be called again.
-func (g *grpc) finish(c *loop.Conn) bool {
+func (g *calls) finish(c *loop.Conn) bool {
 	for _, s := range g.streams {
 		if !s.stream.ending {
 			s.stream.ending = true
@@ -250,7 +250,7 @@ func (g *grpc) finish(c *loop.Conn) bool {
 }
 
 // Receive implements loop.Handler.
-func (g *grpc) Receive(c *loop.Conn, data []byte) (int, error) {
+func (g *calls) Receive(c *loop.Conn, data []byte) (int, error) {
 	g.deferred = true
 	used, err := g.conn.Receive(data, &g.out, g)
 	g.deferred = false
@@ -259,13 +259,25 @@ func (g *grpc) Receive(c *loop.Conn, data []byte) (int, error) {
 }
 
 // Closed implements loop.Handler.
-func (g *grpc) Closed(_ *loop.Conn, err error) { g.client.closed(err) }
+func (g *calls) Closed(_ *loop.Conn, err error) { g.client.closed(err) }
 
 // Grow implements frames.Events.
-func (g *grpc) Grow(id uint32, by int64) {
+func (g *calls) Grow(id uint32, by int64) {
 	if s := g.streams[id]; s != nil {
 		s.stream.window += by
 	}
+	g.resume()
+}
+
+// Shift implements frames.Events.
+func (g *calls) Shift(by int64) {
+	for _, s := range g.streams {
+		s.stream.window += by
+	}
+	g.resume()
+}
+
+func (g *calls) resume() {
 	again := g.blocked
 	g.blocked = nil
 	for _, s := range again {
@@ -276,7 +288,10 @@ func (g *grpc) Grow(id uint32, by int64) {
 }
 
 // Frame implements frames.Events.
-func (g *grpc) Frame(f frames.Frame) error {
+func (g *calls) Frame(f frames.Frame) error {
+	if g.conn.NoTable {
+		return errors.New("the other side takes no table for header compression, which these requests are prepared for")
+	}
 	g.status, g.outcome = "", ""
 	if f.Kind == frames.Headers {
 		if _, err := g.decoder.Write(f.Payload); err != nil {
@@ -289,6 +304,9 @@ func (g *grpc) Frame(f frames.Frame) error {
 	s := g.streams[f.Stream]
 	if s == nil {
 		return fmt.Errorf("a frame for stream %d, which is not open", f.Stream)
+	}
+	if f.Kind == frames.Reset {
+		return fmt.Errorf("stream %d was reset with code %x", f.Stream, f.Payload)
 	}
 	k := &s.stream
 	if f.Kind == frames.Data {

@@ -81,6 +81,17 @@ func TestParseStatus(t *testing.T) {
 	}
 }
 
+func TestBusy(t *testing.T) {
+	text := []byte("cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 1 2 3 1000 1000 4 5 6 0 0\ncpu1 10 0 0 7 0 0 0 0 0 0\ncpu2 99 0 0 0 0 0 0 0 0 0\nintr 5\n")
+	got, err := Busy(text, func(cpu int) bool { return cpu < 2 })
+	if want := 310 * time.Millisecond; got != want || err != nil {
+		t.Errorf("%v, %v; want %v", got, err, want)
+	}
+	if _, err := Busy(text, func(cpu int) bool { return cpu == 3 }); err == nil {
+		t.Error("a processor that is not there was idle")
+	}
+}
+
 func TestRounds(t *testing.T) {
 	f := func(r Rounds, median, least, most float64) {
 		t.Helper()

@@ -33,6 +33,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	fs.StringVar(&o.listen, "listen", "127.0.0.1:0", "address to listen at")
 	fs.StringVar(&o.to, "to", "", "address to carry to")
 	fs.BoolVar(&o.http2, "http2", false, "reverseproxy: speak HTTP/2 in clear on both sides")
+	fs.BoolVar(&o.splice, "splice", false, "relay: let the kernel move the bytes")
 	fs.StringVar(&o.tls, "tls", "", "reverseproxy: use mutual TLS as client or server")
 	fs.StringVar(&o.certs, "certs", "", "folder with ca.pem, <side>.pem and <side>.key")
 	if err := fs.Parse(args[1:]); err != nil {
@@ -53,5 +54,6 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 type options struct {
 	listen, to string
 	http2      bool
+	splice     bool
 	tls, certs string
 }

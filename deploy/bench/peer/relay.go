@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 )
@@ -12,8 +13,8 @@ import (
 const relayBuffer = 32 << 10
 
 // relay carries bytes both ways between each connection and one of its own to
-// the upstream. It copies through a buffer: for answers of some KiB that costs
-// less than splice(2), which io.Copy would use.
+// the upstream: through a buffer, which is cheapest for some KiB, or with
+// splice(2), which is cheapest for more and takes a pipe for each direction.
 func relay(ctx context.Context, o options) error {
 	l, err := new(net.ListenConfig).Listen(ctx, "tcp", o.listen)
 	if err != nil {
@@ -28,12 +29,12 @@ func relay(ctx context.Context, o options) error {
 		if err != nil {
 			return errors.Join(ctx.Err(), err)
 		}
-		conns.Go(func() { carry(ctx, c, o.to) })
+		conns.Go(func() { carry(ctx, c, o) })
 	}
 }
 
-func carry(ctx context.Context, down net.Conn, to string) {
-	up, err := new(net.Dialer).DialContext(ctx, "tcp", to)
+func carry(ctx context.Context, down net.Conn, o options) {
+	up, err := new(net.Dialer).DialContext(ctx, "tcp", o.to)
 	if err != nil {
 		_ = down.Close() // the caller sees it
 		return
@@ -44,6 +45,10 @@ func carry(ctx context.Context, down net.Conn, to string) {
 	}
 	stop := context.AfterFunc(ctx, both)
 	defer stop()
+	pour := pour
+	if o.splice {
+		pour = func(dst, src net.Conn) { _, _ = io.Copy(dst, src) } // its end is the connection's
+	}
 	var back sync.WaitGroup
 	back.Go(func() { pour(down, up); both() })
 	pour(up, down)

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"runtime"
 	"strconv"
 	"time"
@@ -32,8 +34,8 @@ func upstream(ctx context.Context, stdout io.Writer) error {
 	headers := frames.Prepare(hpack.HeaderField{Name: ":status", Value: "200"}, hpack.HeaderField{Name: "content-type", Value: "application/grpc"})
 	ports := map[string]netip.AddrPort{}
 	for name, accept := range map[string]func() loop.Handler{
-		load.HTTP1Small: func() loop.Handler { return http1(small) },
-		load.HTTP1Large: func() loop.Handler { return http1(large) },
+		load.HTTP1Small: func() loop.Handler { return small },
+		load.HTTP1Large: func() loop.Handler { return large },
 		load.TCPEcho:    func() loop.Handler { return new(echo) },
 		load.GRPCUnary:  func() loop.Handler { return newGRPC(headers, false) },
 		load.GRPCStream: func() loop.Handler { return newGRPC(headers, true) },
@@ -91,8 +93,8 @@ func (e *echo) Receive(c *loop.Conn, data []byte) (int, error) {
 // Closed implements loop.Handler.
 func (*echo) Closed(*loop.Conn, error) {}
 
-// grpc answers calls of either kind: one message for each that has come.
-type grpc struct {
+// calls answers calls of either kind: one message for each that has come.
+type calls struct {
 	conn    frames.Conn
 	open    bool // the preface has come
 	stream  bool // calls are streams
@@ -121,12 +123,12 @@ var (
 // question is how long a caller's message is with its prefix.
 const question = load.Question + 5
 
-func newGRPC(headers frames.Blocks, stream bool) *grpc {
-	return &grpc{headers: headers, stream: stream, calls: map[uint32]*call{}}
+func newGRPC(headers frames.Blocks, stream bool) *calls {
+	return &calls{headers: headers, stream: stream, calls: map[uint32]*call{}}
 }
 
 // Receive implements loop.Handler.
-func (g *grpc) Receive(c *loop.Conn, data []byte) (used int, err error) {
+func (g *calls) Receive(c *loop.Conn, data []byte) (used int, err error) {
 	g.out = g.out[:0]
 	if !g.open {
 		if len(data) < len(frames.Preface) {
@@ -143,15 +145,23 @@ func (g *grpc) Receive(c *loop.Conn, data []byte) (used int, err error) {
 	return used + n, err
 }
 
-// Closed implements loop.Handler.
-func (*grpc) Closed(*loop.Conn, error) {}
+// Closed implements loop.Handler. What a proxy says wrong is worth reading.
+func (*calls) Closed(_ *loop.Conn, err error) {
+	if err != nil && !errors.Is(err, io.EOF) {
+		fmt.Fprintln(os.Stderr, "peer: gRPC:", err)
+	}
+}
 
 // Frame implements frames.Events.
-func (g *grpc) Frame(f frames.Frame) error {
+func (g *calls) Frame(f frames.Frame) error {
 	k := g.calls[f.Stream]
 	if f.Kind == frames.Headers && k == nil {
 		k = &call{window: g.conn.Initial}
 		g.calls[f.Stream] = k
+	}
+	if f.Kind == frames.Reset {
+		delete(g.calls, f.Stream) // the caller no longer wants it
+		return nil
 	}
 	if k == nil {
 		return fmt.Errorf("data for stream %d, which is not open", f.Stream)
@@ -170,10 +180,22 @@ func (g *grpc) Frame(f frames.Frame) error {
 }
 
 // Grow implements frames.Events.
-func (g *grpc) Grow(stream uint32, by int64) {
+func (g *calls) Grow(stream uint32, by int64) {
 	if k := g.calls[stream]; k != nil {
 		k.window += by
 	}
+	g.resume()
+}
+
+// Shift implements frames.Events.
+func (g *calls) Shift(by int64) {
+	for _, k := range g.calls {
+		k.window += by
+	}
+	g.resume()
+}
+
+func (g *calls) resume() {
 	again := g.blocked
 	g.blocked = nil
 	for _, id := range again {
@@ -184,14 +206,18 @@ func (g *grpc) Grow(stream uint32, by int64) {
 	}
 }
 
-func (g *grpc) serve(id uint32, k *call) {
+func (g *calls) serve(id uint32, k *call) {
 	if !g.stream && !k.ended {
 		return
 	}
 	if !k.headers {
 		block := g.headers.First
-		if g.spoken {
+		switch {
+		case g.conn.NoTable:
+			block = g.headers.Plain
+		case g.spoken:
 			block = g.headers.Later
+		default:
 		}
 		g.out = frames.Append(g.out, frames.Headers, frames.EndHeaders, id, block)
 		k.headers, g.spoken = true, true

@@ -31,6 +31,8 @@ type Server struct {
 	Ready func() error
 	// Control is the state of the stream to the control plane, as JSON.
 	Control func() any
+	// Detected is what was found out about ports of undeclared protocol, as JSON.
+	Detected func() any
 	// Drain begins to drain; Quit ends the program.
 	Drain, Quit func()
 }
@@ -59,6 +61,7 @@ func (s *Server) Admin() http.Handler {
 	mux.HandleFunc("GET /clusters", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.clusters()) })
 	mux.HandleFunc("GET /debug/breakers", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.breakers()) })
 	mux.HandleFunc("GET /debug/breakers/{id}", s.evidence)
+	mux.HandleFunc("GET /debug/detected", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.Detected()) })
 	mux.HandleFunc("GET /debug/path", func(w http.ResponseWriter, _ *http.Request) { answer(w, proxy.Layers()) })
 	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, _ *http.Request) {
 		s.Drain()
@@ -174,11 +177,15 @@ func dump(t *table.Table) any {
 		Missing  bool        `json:"missing,omitempty"`
 		Protocol string      `json:"protocol"`
 		Cluster  string      `json:"cluster,omitempty"`
+		Names    []string    `json:"server_names,omitempty"`
 		Routes   []routeView `json:"routes,omitempty"`
 	}
 	destinations := map[string]destinationView{}
 	for key, d := range t.Destinations {
 		v := destinationView{Missing: d.Missing, Protocol: d.Protocol, Cluster: d.Cluster}
+		for _, n := range d.ServerNames {
+			v.Names = append(v.Names, n.Name)
+		}
 		if d.Routes != nil {
 			for _, r := range d.Routes.Routes {
 				rv := routeView{Name: r.Name, Match: matchText(&r.Match), Timeout: r.Timeout.String(), Retry: r.Retry.On.String(), Attempts: r.Retry.Attempts}

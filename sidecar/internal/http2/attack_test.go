@@ -263,8 +263,11 @@ func TestFloodsEndTheConnection(t *testing.T) {
 			}
 			_ = r.nc.Close()
 			wg.Wait()
-			if w := s.reasons(); !strings.Contains(w, test.reason) {
-				t.Errorf("counted %q, want %q", w, test.reason)
+			for deadline := in5s(); !strings.Contains(s.reasons(), test.reason); time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Errorf("counted %q, want %q", s.reasons(), test.reason)
+					break
+				}
 			}
 		})
 	}
@@ -291,6 +294,33 @@ func TestResetStreamsCountWhileTheirHandlersRun(t *testing.T) {
 	}
 	if n := running.Load(); n > 10 || refused != 90 {
 		t.Errorf("%d handlers run and %d streams were refused, want 10 and 90", n, refused)
+	}
+}
+
+// Handlers that end when their stream does keep no slot; then the ration of
+// resets alone bounds what a client can have begun.
+func TestResetsAreRationedWhereHandlersAreQuick(t *testing.T) {
+	var began atomic.Int64
+	s := serve(t, nil, func(s *http2.Stream) {
+		began.Add(1)
+		_, _, _ = s.ReadBody(true, in5s())
+		s.Release()
+	})
+	r := rawClient(t, s.addr)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		repeat(20000, func(i int) error {
+			_ = r.headers(uint32(2*i+1), false, request...)
+			return r.WriteRSTStream(uint32(2*i+1), xhttp2.ErrCodeCancel)
+		})
+	})
+	if code, debug := r.goAway(); code != xhttp2.ErrCodeEnhanceYourCalm || debug != http2.ReasonRapidReset {
+		t.Errorf("GOAWAY %v %q", code, debug)
+	}
+	_ = r.nc.Close()
+	wg.Wait()
+	if n := began.Load(); n > 1000 {
+		t.Errorf("%d handlers began", n)
 	}
 }
 
@@ -338,7 +368,7 @@ func TestSectionsThatUnpackToTooMuchAreRefused(t *testing.T) {
 	if _, err := r.until(func(f xhttp2.Frame) bool { return f.Header().StreamID == 3 && f.Header().Type == xhttp2.FrameHeaders }); err != nil {
 		t.Errorf("the next request: %v", err)
 	}
-	if w := s.reasons(); w != http2.ReasonHeaderList {
+	if w := s.counted(1); !slices.Equal(w, []string{http2.ReasonHeaderList}) {
 		t.Errorf("counted %q", w)
 	}
 }
@@ -352,7 +382,7 @@ func TestTooManyFieldsAreRefused(t *testing.T) {
 	}
 	_ = r.headers(1, true, fields...)
 	r.rst(1)
-	if w := s.reasons(); w != http2.ReasonHeaderList {
+	if w := s.counted(1); !slices.Equal(w, []string{http2.ReasonHeaderList}) {
 		t.Errorf("counted %q", w)
 	}
 }
@@ -532,11 +562,10 @@ func TestMalformedRequestsAreStreamErrors(t *testing.T) {
 			t.Errorf("%s: %v", test.name, code)
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	why := s.counted(len(tests))
 	for i, test := range tests {
-		if i >= len(s.why) || s.why[i] != test.reason {
-			t.Errorf("%s: counted %q, want %q", test.name, s.why[i:min(i+1, len(s.why))], test.reason)
+		if i >= len(why) || why[i] != test.reason {
+			t.Errorf("%s: counted %q, want %q", test.name, why[min(i, len(why)):min(i+1, len(why))], test.reason)
 		}
 	}
 }
@@ -698,7 +727,59 @@ func TestAnswersAreNotQueuedWithoutBound(t *testing.T) {
 	r := rawClient(t, s.addr)
 	_ = r.nc.(*net.TCPConn).SetReadBuffer(4 << 10)
 	repeat(100_000, func(int) error { return r.WritePing(false, [8]byte{}) })
-	if w := s.reasons(); w != http2.ReasonPingFlood && w != http2.ReasonQueue {
+	if w := s.counted(1); len(w) != 1 || w[0] != http2.ReasonPingFlood && w[0] != http2.ReasonQueue {
+		t.Errorf("counted %q", w)
+	}
+}
+
+// Drain tells the client first, and takes what it had sent before it knew.
+func TestDrainIsFairToWhatIsOnItsWay(t *testing.T) {
+	release := make(chan struct{})
+	s := serve(t, nil, func(s *http2.Stream) { <-release; echo(s) })
+	r := rawClient(t, s.addr)
+	_ = r.headers(1, true, request...)
+	_ = r.WritePing(false, [8]byte{})
+	if _, err := r.until(func(f xhttp2.Frame) bool { return f.Header().Type == xhttp2.FramePing }); err != nil {
+		t.Fatal(err)
+	}
+	s.mu.Lock()
+	srv := s.conns[0]
+	s.mu.Unlock()
+	srv.Drain()
+	f, err := r.until(func(f xhttp2.Frame) bool { return f.Header().Type == xhttp2.FrameGoAway })
+	if err != nil || f.(*xhttp2.GoAwayFrame).LastStreamID != 1<<31-1 {
+		t.Fatalf("the first GOAWAY: %v, %v", f, err)
+	}
+	f, err = r.until(func(f xhttp2.Frame) bool { return f.Header().Type == xhttp2.FramePing })
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = r.headers(3, false, request...)
+	_ = r.WritePing(true, f.(*xhttp2.PingFrame).Data)
+	f, err = r.until(func(f xhttp2.Frame) bool { return f.Header().Type == xhttp2.FrameGoAway })
+	if err != nil || f.(*xhttp2.GoAwayFrame).LastStreamID != 3 {
+		t.Fatalf("the second GOAWAY: %v, %v", f, err)
+	}
+	// Too late, and not an error: it is sent again on another connection.
+	_ = r.headers(5, false, request...)
+	_ = r.WriteData(5, true, []byte("x"))
+	_ = r.WriteWindowUpdate(5, 1)
+	_ = r.WriteRSTStream(5, xhttp2.ErrCodeCancel)
+	_ = r.WriteData(3, true, []byte("y"))
+	close(release)
+	ended := map[uint32]bool{}
+	if _, err := r.until(func(f xhttp2.Frame) bool {
+		if f.Header().Flags.Has(xhttp2.FlagDataEndStream) && f.Header().StreamID != 0 {
+			ended[f.Header().StreamID] = true
+		}
+		return f.Header().Type == xhttp2.FrameGoAway || f.Header().Type == xhttp2.FrameRSTStream
+	}); !errors.Is(err, io.EOF) {
+		t.Errorf("the end: %v", err)
+	}
+	if !ended[1] || !ended[3] || ended[5] {
+		t.Errorf("ended: %v", ended)
+	}
+	if w := s.reasons(); w != "" {
 		t.Errorf("counted %q", w)
 	}
 }

@@ -2,18 +2,13 @@ package http2_test
 
 import (
 	"bytes"
-	"context"
-	"crypto/tls"
 	"io"
-	"net"
 	"net/http"
 	"strconv"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	xhttp2 "golang.org/x/net/http2"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
@@ -25,8 +20,9 @@ var unary = bytes.Repeat([]byte("x"), 100)
 func unaryServer(s *http2.Stream) {
 	defer s.Release()
 	deadline := time.Now().Add(10 * time.Second)
-	var h http1.Head
-	if s.ReadHead(&h, deadline) != nil {
+	h, _ := heads.Get().(*http1.Head)
+	defer heads.Put(h)
+	if s.ReadHead(h, deadline) != nil {
 		return
 	}
 	reply := http1.Head{Status: 200, Framing: http1.Chunked, Headers: replyHeaders}
@@ -47,6 +43,7 @@ func unaryServer(s *http2.Stream) {
 }
 
 var (
+	heads         = sync.Pool{New: func() any { return new(http1.Head) }}
 	replyHeaders  = []http1.Header{{Name: []byte("content-type"), Value: []byte("application/grpc")}}
 	replyTrailers = []http1.Header{{Name: []byte("grpc-status"), Value: []byte("0")}}
 )
@@ -105,7 +102,7 @@ func measure(b *testing.B, n int, call func() error) {
 }
 
 // BenchmarkUnary is a call over one connection: client and server are both ours
-// or both x/net's.
+// or both net/http's.
 func BenchmarkUnary(b *testing.B) {
 	for _, n := range []int{1, 100} {
 		b.Run("ours/"+strconv.Itoa(n), func(b *testing.B) {
@@ -118,28 +115,21 @@ func BenchmarkUnary(b *testing.B) {
 				{Name: []byte("user-agent"), Value: []byte("grpc-go/1.85.0")},
 			}
 			deadline := time.Now().Add(time.Minute)
-			var heads sync.Pool
 			measure(b, n, func() error {
 				head, _ := heads.Get().(*http1.Head)
-				if head == nil {
-					head = &http1.Head{}
-				}
 				defer heads.Put(head)
 				return callOurs(c, h, head, deadline)
 			})
 		})
-		b.Run("xnet/"+strconv.Itoa(n), func(b *testing.B) {
-			addr := xserver(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b.Run("net-http/"+strconv.Itoa(n), func(b *testing.B) {
+			addr := otherServer(b, func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("Content-Type", "application/grpc")
 				w.Header().Set("Trailer", "Grpc-Status")
 				w.WriteHeader(200)
 				_, _ = io.Copy(w, r.Body)
 				w.Header().Set("Grpc-Status", "0")
-			}))
-			tr := &xhttp2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, network, addr string, _ *tls.Config) (net.Conn, error) {
-				return (&net.Dialer{}).DialContext(ctx, network, addr)
-			}}
-			defer tr.CloseIdleConnections()
+			})
+			tr := otherTransport(b)
 			measure(b, n, func() error {
 				req, err := http.NewRequest(http.MethodPost, "http://"+addr+"/helloworld.Greeter/SayHello", bytes.NewReader(unary))
 				if err != nil {

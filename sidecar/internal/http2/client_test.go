@@ -335,8 +335,10 @@ func TestEditsApply(t *testing.T) {
 	h := post("http://svc.test/x")
 	h.Headers = []http1.Header{
 		{Name: []byte("Host"), Value: []byte("svc.test:80")},
-		{Name: []byte("Drop"), Value: []byte("1")}, {Name: []byte("Keep"), Value: []byte("2")},
-		{Name: []byte("Replace"), Value: []byte("3")}, {Name: []byte("Upgrade"), Value: []byte("websocket")},
+		{Name: []byte("Drop"), Value: []byte("1")},
+		{Name: []byte("Keep"), Value: []byte("2")},
+		{Name: []byte("Replace"), Value: []byte("3")},
+		{Name: []byte("Upgrade"), Value: []byte("websocket")},
 	}
 	e := &http1.Edit{
 		Remove: []string{"drop"}, Framing: http1.Length, Length: 2,
@@ -417,10 +419,32 @@ func TestTLSAndEarlyBytes(t *testing.T) {
 	wg.Wait()
 }
 
+// What is quick is not taken for stuck, however often one looks.
+func TestBusyConnectionsAreNotCut(t *testing.T) {
+	s := serve(t, &http2.Config{PingEvery: 20 * time.Millisecond, HeadTimeout: time.Minute}, echo)
+	for range 3 {
+		c := dial(t, s.addr, nil)
+		for range 5 {
+			st, err := c.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := roundTrip(st, post("/"), nil, []byte("hi"), nil); err != nil {
+				t.Fatal(err)
+			}
+			st.Release()
+			time.Sleep(7 * time.Millisecond)
+		}
+	}
+	if w := s.reasons(); w != "" {
+		t.Errorf("counted %q", w)
+	}
+}
+
 // A connection that waits for its next request holds little: no read or write
 // buffer, no goroutine but the one that reads.
 func TestIdleConnectionsHoldLittle(t *testing.T) {
-	s := serve(t, &http2.Config{HeadTimeout: 80 * time.Millisecond}, echo)
+	s := serve(t, &http2.Config{PingEvery: 400 * time.Millisecond}, echo)
 	const n = 200
 	var before, after runtime.MemStats
 	clients := make([]*http2.Client, n)
@@ -442,7 +466,7 @@ func TestIdleConnectionsHoldLittle(t *testing.T) {
 	for deadline := in5s(); runtime.NumGoroutine()-goroutines > 4*n && time.Now().Before(deadline); {
 		time.Sleep(10 * time.Millisecond)
 	}
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(400 * time.Millisecond)
 	runtime.GC()
 	runtime.GC()
 	runtime.ReadMemStats(&after)

@@ -52,7 +52,7 @@ type conn struct {
 	replies int // control frames in out
 	writing bool
 	written sync.Cond // writing has ended
-	writes  uint64    // system calls begun and ended
+	writes  uint64    // changes when a write begins and when it ends
 	werr    error
 	outQ    []*Stream // wait for room in out
 	creditQ []*Stream // wait for the connection's window
@@ -352,6 +352,7 @@ func (c *conn) onRequest(now time.Time, b block) error {
 			return c.fault(ProtocolError, ReasonStreamID)
 		}
 	}
+	c.peerLast = b.stream
 	if c.goAway >= goAwayFinal {
 		// Sent before the client knew; it takes another connection (RFC 9113
 		// section 6.8).
@@ -360,7 +361,6 @@ func (c *conn) onRequest(now time.Time, b block) error {
 		}
 		return nil
 	}
-	c.peerLast = b.stream
 	switch {
 	case b.selfie:
 		return c.streamError(now, b.stream, ProtocolError, ReasonFrame)
@@ -720,6 +720,14 @@ func (c *conn) finalGoAway() {
 	c.endIfDrained()
 }
 
+// lastStream is what a GOAWAY says: the last stream that was looked at.
+func (c *conn) lastStream() uint32 {
+	if c.server && c.goAway == goAwayFinal {
+		return c.lastID
+	}
+	return c.peerLast
+}
+
 // endIfDrained ends the connection if it takes no more streams and has none.
 func (c *conn) endIfDrained() {
 	if c.goAway >= goAwayFinal && c.active == 0 {
@@ -728,14 +736,16 @@ func (c *conn) endIfDrained() {
 }
 
 // giveBack tells the peer that n bytes of the connection's window were read, in
-// large portions.
-func (c *conn) giveBack(n int64) {
+// large portions, and reports whether it did now.
+func (c *conn) giveBack(n int64) (queued bool) {
 	c.unacked += n
 	if c.unacked >= int64(c.cfg.ConnWindow)/2 && c.err == nil {
 		c.put(appendWindowUpdate(c.buf(), 0, uint32(c.unacked)))
 		c.recvWin += c.unacked
 		c.unacked = 0
+		return true
 	}
+	return false
 }
 
 // passCredit wakes the stream that has waited longest for the connection's
@@ -761,4 +771,10 @@ func (c *conn) passRoom() {
 			return
 		}
 	}
+}
+
+// passOn wakes who can use what this stream leaves of room and of credit.
+func (c *conn) passOn() {
+	c.passRoom()
+	c.passCredit()
 }

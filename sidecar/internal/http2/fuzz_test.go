@@ -2,7 +2,6 @@ package http2_test
 
 import (
 	"bytes"
-	"context"
 	"io"
 	"log"
 	"net"
@@ -127,6 +126,46 @@ func FuzzClient(f *testing.F) {
 
 var quiet = log.New(io.Discard, "", 0)
 
+// FuzzEncoder: what is compressed, another decoder reads as it was, whatever
+// size the table is given between sections.
+func FuzzEncoder(f *testing.F) {
+	f.Add([]byte("\x03\x04:path/a/b\x01\x02ab"), uint16(4096))
+	f.Add([]byte("\x06\x03cookiea=b\x0d\x01authorizationx"), uint16(100))
+	f.Fuzz(func(t *testing.T, data []byte, size uint16) {
+		e := http2.NewTestEncoder()
+		d := hpack.NewDecoder(4096, nil)
+		for round := range 5 {
+			var want []hpack.HeaderField
+			var block []byte
+			if round == 2 {
+				e.SetMax(uint32(size))
+			}
+			block = e.Begin(block)
+			for rest := data; len(rest) >= 2; {
+				n, v := int(rest[0])%40, int(rest[1])
+				rest = rest[2:]
+				n = min(n, len(rest))
+				name := rest[:n]
+				v = min(v, len(rest)-n)
+				value := rest[n : n+v]
+				rest = rest[n+v:]
+				block = e.Field(block, name, value)
+				want = append(want, hpack.HeaderField{Name: string(name), Value: string(value)})
+			}
+			got, err := d.DecodeFull(block)
+			if err != nil {
+				t.Fatalf("round %d: %v", round, err)
+			}
+			for i := range got {
+				got[i].Sensitive = false
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Fatalf("round %d (-want +got):\n%s", round, diff)
+			}
+		}
+	})
+}
+
 // seen is a request as a server saw it.
 type seen struct {
 	Method, Path, Authority string
@@ -167,7 +206,7 @@ func FuzzSameAsAnother(f *testing.F) {
 			return
 		}
 		if diff := cmp.Diff(theirs, ours); diff != "" {
-			t.Errorf("they read it differently (-x/net +ours):\n%s", diff)
+			t.Errorf("they read it differently (-net/http +ours):\n%s", diff)
 		}
 	})
 }
@@ -180,7 +219,13 @@ func oneWay(near net.Conn, data []byte, got <-chan *seen) *seen {
 		fr := xhttp2.NewFramer(io.Discard, near)
 		for {
 			f, err := fr.ReadFrame()
-			if err != nil || f.Header().Type == xhttp2.FrameRSTStream || f.Header().Type == xhttp2.FrameGoAway {
+			var h xhttp2.FrameHeader
+			if err == nil {
+				h = f.Header()
+			}
+			// Reset, refused, or answered by a handler that could not read it all.
+			if err != nil || h.Type == xhttp2.FrameRSTStream || h.Type == xhttp2.FrameGoAway ||
+				h.StreamID == 1 && h.Flags.Has(xhttp2.FlagDataEndStream) {
 				close(refused)
 				_, _ = io.Copy(io.Discard, near)
 				return
@@ -245,28 +290,53 @@ func askOurs(t *testing.T, data []byte) (r *seen) {
 func askTheirs(t *testing.T, data []byte) (r *seen) {
 	near, far := net.Pipe()
 	got := make(chan *seen, 1)
-	ends(t, "x/net", func() {
+	srv := &http.Server{
+		Protocols: withPriorKnowledge(), ErrorLog: quiet, DisableGeneralOptionsHandler: true,
+		Handler: http.HandlerFunc(func(_ http.ResponseWriter, req *http.Request) {
+			r := &seen{Method: req.Method, Path: req.RequestURI, Authority: req.Host, Header: req.Header, Length: req.ContentLength}
+			body, err := io.ReadAll(req.Body)
+			if err != nil {
+				return
+			}
+			r.Body = string(body)
+			r.plain()
+			got <- r
+		}),
+	}
+	ends(t, "net/http", func() {
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			(&xhttp2.Server{}).ServeConn(far, &xhttp2.ServeConnOpts{
-				Context: context.Background(), BaseConfig: &http.Server{ErrorLog: quiet},
-				Handler: http.HandlerFunc(func(_ http.ResponseWriter, req *http.Request) {
-					r := &seen{Method: req.Method, Path: req.RequestURI, Authority: req.Host, Header: req.Header, Length: req.ContentLength}
-					body, err := io.ReadAll(req.Body)
-					if err != nil {
-						return
-					}
-					r.Body = string(body)
-					r.plain()
-					got <- r
-				}),
-			})
+			_ = srv.Serve(&oneConn{conn: far, closed: make(chan struct{})})
 		})
 		r = oneWay(near, append([]byte(xhttp2.ClientPreface), data...), got)
+		_ = srv.Close()
 		wg.Wait()
 	})
 	return r
 }
+
+// oneConn is a listener with one connection to accept.
+type oneConn struct {
+	conn   net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if c := l.conn; c != nil {
+		l.conn = nil
+		return c, nil
+	}
+	<-l.closed
+	return nil, net.ErrClosed
+}
+
+func (l *oneConn) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }
 
 // plain takes out what the other implementation moves elsewhere.
 func (r *seen) plain() {

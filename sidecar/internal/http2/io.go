@@ -130,7 +130,7 @@ func (c *conn) unlock() {
 func (c *conn) run() error {
 	start := time.Now()
 	c.mu.Lock()
-	c.now, c.idleSince, c.headSince = start, start, start
+	c.now, c.headSince = start, start
 	c.ticking = true
 	c.tick = time.AfterFunc(c.tickEvery, c.onTick)
 	c.mu.Unlock()
@@ -230,6 +230,7 @@ func (c *conn) flush() {
 		return
 	}
 	c.writing = true
+	c.writes++
 	if c.active > 1 {
 		// Others that can run now may have something to send as well.
 		c.unlock()
@@ -246,9 +247,11 @@ func (c *conn) trySend() {
 		var rest *outBuffer
 		if c.rd.raw != nil {
 			buf := c.take()
+			c.writes++
 			c.mu.Unlock()
 			n, err := tryWrite(c.rd.raw, buf.b)
 			c.mu.Lock()
+			c.writes++
 			if err == nil && n == len(buf.b) {
 				recycleBuffer(buf)
 				c.writing = false
@@ -260,6 +263,7 @@ func (c *conn) trySend() {
 			buf.b = buf.b[:copy(buf.b, buf.b[n:])]
 			rest = buf
 		}
+		c.writes++ // not stuck until it has begun
 		c.wg.Go(func() {
 			c.mu.Lock()
 			c.send(rest, true)
@@ -358,11 +362,11 @@ func (c *conn) shutdown(err error) error {
 	switch {
 	case errors.As(err, &ce):
 		c.reasonQ = append(c.reasonQ, ce.Reason)
-		c.put(appendGoAway(c.buf(), c.peerLast, ce.Code, ce.Reason))
+		c.put(appendGoAway(c.buf(), c.lastStream(), ce.Code, ce.Reason))
 		says = true
 	case errors.Is(err, errIdle), errors.Is(err, errDrained):
 		if c.goAway != goAwayFinal {
-			c.put(appendGoAway(c.buf(), c.peerLast, NoError, ""))
+			c.put(appendGoAway(c.buf(), c.lastStream(), NoError, ""))
 		}
 		says = true
 	case c.peerErr != nil:
@@ -481,6 +485,7 @@ func (c *conn) check(now time.Time) time.Duration {
 	if c.mayFlush() {
 		// Nobody waits for this; whoever queued it has not flushed it yet.
 		c.writing = true
+		c.writes++
 		c.wg.Go(func() {
 			c.mu.Lock()
 			c.send(nil, true)
@@ -497,6 +502,9 @@ func (c *conn) check(now time.Time) time.Duration {
 		return c.tickEvery
 	}
 	c.trim()
+	if c.idleSince.IsZero() {
+		c.idleSince = now
+	}
 	c.ticking = false
 	if c.cfg.IdleTimeout < 0 {
 		return 0

@@ -136,10 +136,9 @@ func (s *section) value(sp span) []byte { return s.b[sp.at+sp.name : sp.at+sp.na
 
 // message is what a section says about its message besides the Head.
 type message struct {
-	length   int64 // -1: not given
-	hasHost  bool
-	sawTE    bool
-	sawOther bool
+	length  int64 // -1: not given
+	hasHost bool
+	sawTE   bool
 }
 
 // into appends the regular fields to h, in bytes that are in arena, and returns

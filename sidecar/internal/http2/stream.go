@@ -78,6 +78,7 @@ func (c *conn) newStream(id uint32) *Stream {
 		s.recvWin = int64(c.cfg.StreamWindow)
 	}
 	c.active++
+	c.idleSince = time.Time{}
 	return s
 }
 
@@ -106,7 +107,8 @@ func kept(b []byte, most int) []byte {
 
 // ReadHead is the head of the request, on a server, where it is there already;
 // on a client, the head of the next response: interim ones (1xx) first, each of
-// which is read by a call of its own. The slices of h are valid until Release.
+// which is read by a call of its own. The slices of h are valid until Release;
+// the storage of h.Headers becomes the stream's.
 //
 // It returns os.ErrDeadlineExceeded, ErrInterrupted, a *StreamError, or what
 // ended the connection. A zero deadline is none.
@@ -151,14 +153,15 @@ func (s *Stream) ReadBody(wait bool, deadline time.Time) (data []byte, done bool
 	defer c.unlock()
 	if n := int64(len(s.span)); n > 0 {
 		s.span = s.span[:0]
-		c.giveBack(n)
-		s.giveBack(n)
+		if queued := c.giveBack(n); s.giveBack(n) || queued {
+			c.flush()
+		}
 	}
 	for {
 		switch {
 		case s.err != nil:
 			return nil, false, s.err
-		case len(s.in) > 0 && s.heads == 0:
+		case len(s.in) > 0:
 			s.span, s.in = s.in, s.span
 			return s.span, s.recvEnd, nil
 		case s.recvEnd:
@@ -182,18 +185,19 @@ func (s *Stream) Trailers() []http1.Header {
 }
 
 // giveBack tells the peer that n bytes of the stream's window were read, in
-// large portions. Called with mu held.
-func (s *Stream) giveBack(n int64) {
+// large portions, and reports whether it did now. Called with mu held.
+func (s *Stream) giveBack(n int64) (queued bool) {
 	if s.recvEnd || s.err != nil {
-		return
+		return false
 	}
 	s.unacked += n
 	if s.unacked >= max(int64(s.c.cfg.StreamWindow)/2, 1) {
 		s.c.put(appendWindowUpdate(s.c.buf(), s.id, uint32(s.unacked)))
 		s.recvWin += s.unacked
 		s.unacked = 0
-		s.c.flush()
+		return true
 	}
+	return false
 }
 
 // waitRead waits for the goroutine that reads the connection. Called with mu
@@ -399,6 +403,7 @@ func (s *Stream) WriteHead(h *http1.Head, e *http1.Edit, end bool) error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	if err := s.room(time.Time{}); err != nil {
 		s.unprocessed = s.unprocessed || !c.server && s.id == 0
 		return err
@@ -477,6 +482,7 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	if !s.sentFinal {
 		return errOrder
 	}
@@ -490,12 +496,12 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 				c.flush()
 				continue
 			}
+			c.passOn() // what this stream was woken for and cannot use
 			if s.sendWin > 0 && !s.inCreditQ {
 				s.inCreditQ = true
 				c.creditQ = append(c.creditQ, s)
 			}
 			if err := s.waitWrite(deadline); err != nil {
-				c.passCredit()
 				return err
 			}
 			continue
@@ -517,8 +523,6 @@ func (s *Stream) WriteData(b []byte, end bool, deadline time.Time) error {
 			if end {
 				s.endSend()
 			}
-			c.passRoom()
-			c.passCredit()
 			return nil
 		}
 	}
@@ -530,6 +534,7 @@ func (s *Stream) WriteTrailers(t []http1.Header) error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	if !s.sentFinal {
 		return errOrder
 	}
@@ -557,6 +562,7 @@ func (s *Stream) Flush() error {
 	c := s.c
 	c.mu.Lock()
 	defer c.unlock()
+	defer c.passOn()
 	c.flush()
 	for c.queued() >= maxQueued && s.err == nil && c.err == nil && c.werr == nil {
 		if !c.writing {
@@ -674,11 +680,7 @@ func (s *Stream) release() {
 	}
 	c.recycle(s)
 	c.active--
-	if c.active == 0 {
-		c.idleSince = c.now
-	}
-	c.passCredit()
-	c.passRoom()
+	c.passOn()
 	c.flush()
 	c.endIfDrained()
 }

@@ -5,12 +5,14 @@ import (
 	"crypto/x509"
 	"slices"
 	"strconv"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
 
 // Protocol in a ClientHello's ALPN (RFC 7301) says that the client is the proxy
 // of another workload, which encrypts what the application said, and not the
 // application itself.
-const Protocol = "outrigger"
+const Protocol = bootstrap.ProtocolMesh
 
 // maxSessions is how many sessions are kept for resumption (RFC 8446, 2.2).
 const maxSessions = 4096

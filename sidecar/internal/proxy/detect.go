@@ -26,3 +26,7 @@ func remember(mem *detect.Memory, key string, server bool, start, now time.Time)
 		mem.ServerSpoke(key, now)
 	}
 }
+
+// Detected is what was found out about ports of which nobody has said what they
+// speak, and what to declare.
+func (p *Proxy) Detected(now time.Time) []detect.Finding { return p.Seen.Snapshot(now, sniffTimeout) }

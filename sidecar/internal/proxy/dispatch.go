@@ -74,16 +74,14 @@ func (p *path) serve(ctx context.Context, c *listener.Conn, find func() target) 
 	case r.Protocol == detect.HTTP2 && to.protocol != protocolTLS:
 		p.serveHTTP2(ctx, c, who)
 	default:
-		cluster := to.cluster
+		cluster, refused := to.cluster, ""
 		if to.byServerName != nil {
-			name, ok := to.byServerName(r.ServerName)
-			if !ok {
-				p.refuseConn(c, who, "tls", accesslog.NR, "no route of "+p.key+" has the server name "+quoted(r.ServerName))
-				return
+			var ok bool
+			if cluster, ok = to.byServerName(r.ServerName); !ok {
+				cluster, refused = "", "no route of "+p.key+" has the server name "+quoted(r.ServerName)+": add it to the hostnames of a TLSRoute"
 			}
-			cluster = name
 		}
-		p.relay(ctx, c, who, cluster, r, to.protocol == protocolAuto && c.Empty())
+		p.relay(ctx, c, who, cluster, refused, r, to.protocol == protocolAuto && c.Empty())
 	}
 }
 

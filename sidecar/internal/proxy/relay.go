@@ -43,10 +43,10 @@ type stream struct {
 }
 
 // relay carries a connection, with what has been read of it, to an endpoint of
-// the cluster. learn says that nobody has spoken yet and that who does is worth
+// the cluster, or, where that is empty, refuses it for the reason given. learn says that nobody has spoken yet and that who does is worth
 // remembering.
-func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterName string, r detect.Result, learn bool) {
-	s := stream{Cluster: clusterName, Early: c.Unread(), Release: c.Release, Caller: who}
+func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterName, refused string, r detect.Result, learn bool) {
+	s := stream{Cluster: clusterName, Refused: refused, Early: c.Unread(), Release: c.Release, Caller: who}
 	if r.Protocol == detect.TLS {
 		s.Protocol, s.ServerName = "tls", r.ServerName
 	}

@@ -13,10 +13,7 @@ import (
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
-	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
-	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
-	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/proto"
@@ -35,76 +32,10 @@ import (
 // which requests go where if it were left out, is an error that names the
 // field; what only tunes is left out.
 
-// listener is what a Listener resource says of a destination. Exactly one of
-// routeName, inline and cluster is set.
-type listener struct {
-	protocol  string // http or tcp
-	routeName string
-	inline    *route.Config
-	cluster   string
-}
-
 // cluster is a Cluster resource; its endpoints arrive under the name eds.
 type cluster struct {
 	table.Cluster
 	eds string
-}
-
-func decodeListener(b []byte) (listener, error) {
-	var l listenerv3.Listener
-	if err := proto.Unmarshal(b, &l); err != nil {
-		return listener{}, err
-	}
-	if api := l.GetApiListener().GetApiListener(); api != nil {
-		return decodeFilter("api_listener.api_listener", api)
-	}
-	chains := l.GetFilterChains()
-	if d := l.GetDefaultFilterChain(); d != nil {
-		chains = append(chains, d)
-	}
-	if len(chains) != 1 {
-		return listener{}, fmt.Errorf("filter_chains: there are %d, exactly one is supported", len(chains))
-	}
-	for i, f := range chains[0].GetFilters() {
-		if c := f.GetTypedConfig(); c != nil {
-			return decodeFilter(fmt.Sprintf("filter_chains[0].filters[%d]", i), c)
-		}
-	}
-	return listener{}, errors.New("filter_chains[0].filters: there is none")
-}
-
-func decodeFilter(field string, a *anypb.Any) (listener, error) {
-	switch {
-	case a.MessageIs((*hcmv3.HttpConnectionManager)(nil)):
-		var m hcmv3.HttpConnectionManager
-		if err := proto.Unmarshal(a.GetValue(), &m); err != nil {
-			return listener{}, fmt.Errorf("%s: %w", field, err)
-		}
-		if rds := m.GetRds(); rds != nil {
-			if rds.GetRouteConfigName() == "" {
-				return listener{}, fmt.Errorf("%s.rds.route_config_name: it is empty", field)
-			}
-			return listener{protocol: "http", routeName: rds.GetRouteConfigName()}, nil
-		}
-		if m.GetRouteConfig() == nil {
-			return listener{}, fmt.Errorf("%s.route_specifier: rds and route_config are supported, and neither is set", field)
-		}
-		c, err := routeConfig(m.GetRouteConfig())
-		if err != nil {
-			return listener{}, fmt.Errorf("%s.route_config.%w", field, err)
-		}
-		return listener{protocol: "http", inline: c}, nil
-	case a.MessageIs((*tcpproxyv3.TcpProxy)(nil)):
-		var t tcpproxyv3.TcpProxy
-		if err := proto.Unmarshal(a.GetValue(), &t); err != nil {
-			return listener{}, fmt.Errorf("%s: %w", field, err)
-		}
-		if t.GetCluster() == "" {
-			return listener{}, fmt.Errorf("%s.cluster: it is empty; weighted clusters are not supported for TCP", field)
-		}
-		return listener{protocol: "tcp", cluster: t.GetCluster()}, nil
-	}
-	return listener{}, fmt.Errorf("%s: type %q is not supported; http_connection_manager and tcp_proxy are", field, a.GetTypeUrl())
 }
 
 func decodeRoutes(b []byte) (*route.Config, error) {
@@ -411,6 +342,12 @@ func decodeCluster(b []byte) (cluster, error) {
 	if out.Outlier, err = outlierDetection(c.GetOutlierDetection()); err != nil {
 		return out, fmt.Errorf("outlier_detection.%w", err)
 	}
+	if err := transportSockets(&c, &out.Cluster); err != nil {
+		return out, err
+	}
+	if err := protocolOptions(&c, &out.Cluster); err != nil {
+		return out, err
+	}
 	return out, breakerMetadata(c.GetMetadata(), &out.Cluster)
 }
 
@@ -570,6 +507,9 @@ func endpoint(in *endpointv3.LbEndpoint) (balance.Endpoint, error) {
 	}
 	if w := in.GetLoadBalancingWeight(); w != nil {
 		out.Weight = max(w.GetValue(), 1)
+	}
+	if err := endpointTLS(in.GetMetadata(), &out); err != nil {
+		return out, err
 	}
 	return out, endpointMetadata(in.GetMetadata(), &out)
 }

@@ -66,6 +66,9 @@ func decodeYAML(t *testing.T, k kind, text []byte) string {
 		if c := r.listener.inline; c != nil {
 			fmt.Fprintf(&s, " inline routes=%d", len(c.Routes))
 		}
+		for _, n := range r.listener.serverNames {
+			fmt.Fprintf(&s, "\n  %s to %+v", n.Name, n.Clusters)
+		}
 		s.WriteByte('\n')
 	case routes:
 		for _, x := range r.routes.Routes {
@@ -74,6 +77,12 @@ func decodeYAML(t *testing.T, k kind, text []byte) string {
 	case clusters:
 		c := r.cluster
 		fmt.Fprintf(&s, "%s endpoints of %s\n  limits %+v observe=%t\n  budget %+v\n  policy %q\n", c.Name, c.eds, c.Limits, c.LimitsObserve, c.Budget, c.Policy)
+		if c.HTTP2 {
+			s.WriteString("  http2\n")
+		}
+		if c.TLS != nil {
+			fmt.Fprintf(&s, "  tls %q of %q\n", c.TLS.ServerName, c.TLS.Identities)
+		}
 		if c.Breaker != nil {
 			fmt.Fprintf(&s, "  breaker %+v\n", *c.Breaker)
 		}

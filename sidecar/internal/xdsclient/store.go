@@ -203,13 +203,25 @@ func refs(c *route.Config) []string {
 
 // destinationRefs are the clusters of a published destination.
 func destinationRefs(d *table.Destination) []string {
-	switch {
-	case d.Routes != nil:
-		return refs(d.Routes)
-	case d.Cluster != "":
-		return []string{d.Cluster}
+	var out []string
+	if d.Routes != nil {
+		out = refs(d.Routes)
 	}
-	return nil
+	if d.Cluster != "" {
+		out = append(out, d.Cluster)
+	}
+	return append(out, nameRefs(d.ServerNames)...)
+}
+
+// nameRefs are the clusters that server names lead to.
+func nameRefs(names []table.ServerName) []string {
+	var out []string
+	for i := range names {
+		for _, w := range names[i].Clusters {
+			out = append(out, w.Cluster)
+		}
+	}
+	return out
 }
 
 // needed follows the references from the wanted destinations. Clusters of the
@@ -231,13 +243,11 @@ func (s *store) needed() [kinds]map[string]bool {
 			add(destinationRefs(d.Destination)...)
 		}
 		l := s.res[listeners][name]
-		switch {
-		case l == nil || !l.answered || l.missing:
-		case l.listener.inline != nil:
-			add(refs(l.listener.inline)...)
-		case l.listener.cluster != "":
-			add(l.listener.cluster)
-		default:
+		if l == nil || !l.answered || l.missing {
+			continue
+		}
+		add(l.listener.clusters()...)
+		if l.listener.routeName != "" {
 			need[routes][l.listener.routeName] = true
 		}
 	}
@@ -372,7 +382,7 @@ func (s *store) candidateDestination(key string, old publishedDestination, had b
 		return d, true // nothing in force can be out of date
 	}
 	generation, version := [2]uint64{l.generation, 0}, l.version
-	out := table.Destination{Key: key, Protocol: l.listener.protocol, Routes: l.listener.inline, Cluster: l.listener.cluster}
+	out := table.Destination{Key: key, Protocol: l.listener.protocol, Routes: l.listener.inline, Cluster: l.listener.cluster, ServerNames: l.listener.serverNames}
 	settled = true
 	switch {
 	case l.missing:
@@ -392,7 +402,7 @@ func (s *store) candidateDestination(key string, old publishedDestination, had b
 		version += "/" + r.version
 	}
 	if out.Missing {
-		out.Protocol = ""
+		out.Protocol, out.Cluster = "", ""
 	}
 	if had && old.generation == generation {
 		return old, settled
