@@ -25,8 +25,9 @@ func (u *h2Up) open(e *upstream.Endpoint, by time.Time) (err error) {
 }
 
 func (u *h2Up) writeHead(h *http1.Head, e *http1.Edit, end bool) error {
-	u.wrote = true
-	return u.s.WriteHead(h, e, end)
+	err := u.s.WriteHead(h, e, end)
+	u.wrote = err == nil // a head is queued whole or not at all
+	return err
 }
 
 func (u *h2Up) writeBody(b []byte, end bool) error {
