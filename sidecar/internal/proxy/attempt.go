@@ -187,6 +187,13 @@ func (f *forwarding) classify(r result) {
 // was wanted.
 func (x *exchange) reserveRetry(r result) (bool, accesslog.Flags) {
 	p := &x.route.Retry
+	if r.failure == retry.RefusedStream && !r.final && x.replayable && x.attempts <= maxUnprocessed {
+		// Nobody has looked at the request, which is why no policy is asked (RFC 9113,
+		// 8.7): a connection that just ended, or took fewer streams than was thought,
+		// costs no request. It is bounded, so that a server that refuses all is heard.
+		x.cluster.AcquireRetry()
+		return true, 0
+	}
 	if r.final || !p.Retriable(x.req.Method, retry.Outcome{Status: statusOf(r), GRPCStatus: r.grpc, Failure: r.failure}) {
 		return false, 0
 	}

@@ -46,6 +46,9 @@ const (
 	maxReplay = 64 << 10
 	// maxAttempts bounds attempts whatever a policy says.
 	maxAttempts = 11
+	// maxUnprocessed bounds the attempts that follow one which an HTTP/2 server said
+	// it had not looked at.
+	maxUnprocessed = 3
 	// tcpIdleTimeout ends a relayed connection that carries nothing.
 	tcpIdleTimeout = time.Hour
 	// tcpIdleCheck is how often a silent direction looks whether the other one
