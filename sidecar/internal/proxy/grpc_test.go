@@ -296,6 +296,7 @@ func TestGoAwayLosesNothing(t *testing.T) {
 		return nil
 	}, grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 60 * time.Millisecond, MaxConnectionAgeGrace: 5 * time.Second}))
 	m := start(t, inHTTP2, address)
+	m.quiet = true // more lines than the test's log holds
 	var wg sync.WaitGroup
 	var calls, failed atomic.Int32
 	for range 8 {
