@@ -10,9 +10,10 @@ LDFLAGS := -s -w -X github.com/outrigger-mesh/outrigger/program.version=$(VERSIO
 PROGRAMS := ./control-plane ./sidecar ./collector ./injector ./outrigger
 FUZZ_SECONDS ?= 20
 DEMO_SECONDS ?= 0
+SOAK_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers h2spec bench-sidecar clean
+.PHONY: help build demo test check fuzz golden peers h2spec soak bench-sidecar clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,9 @@ peers: ## test the outputs against real servers (Elasticsearch, VictoriaMetrics,
 
 h2spec: ## run the h2spec suite against the ports of real sidecars
 	@tools/h2spec.sh
+
+soak: build ## two sidecars under mixed load and churn for SOAK_SECONDS (600); fails when they grow
+	@go run ./deploy/soak --bin $(BIN) --for $(SOAK_SECONDS)s
 
 bench-sidecar: ## measure the sidecar beside nginx, HAProxy, Envoy and others; BENCH_QUICK=1 takes 2 minutes, not 15
 	@mkdir -p $(CACHE)/bench/bin

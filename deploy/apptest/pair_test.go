@@ -64,14 +64,30 @@ func newPair(t *testing.T, appProtocol, application string, strict bool) *pair {
 }
 
 // startAuthority is startControlPlane, and says what a sidecar must be told to
-// be certified: nothing, unless strict.
+// be certified: nothing, unless strict. Then xds is the port with TLS.
 func startAuthority(t *testing.T, files map[string]string, strict bool) (*controlPlane, func(account string) []string) {
 	t.Helper()
 	if !strict {
 		return startControlPlane(t, files), func(string) []string { return nil }
 	}
-	t.Skip("the programs have no authority yet")
-	return nil, nil
+	authority, tls := filepath.Join(t.TempDir(), "authority"), freeAddress(t)
+	c := &controlPlane{owner: t, mesh: t.TempDir(), xds: freeAddress(t), admin: freeAddress(t), arguments: []string{"--authority-dir", authority, "--xds-tls-address", tls}}
+	for name, text := range files {
+		c.put(t, name, text)
+	}
+	c.start(t)
+	c.xds = tls // for the sidecars; it is not started again
+	return c, func(account string) []string {
+		token, err := exec.CommandContext(t.Context(), program("control-plane"), "--authority-dir", authority, "--join-token", "shop/"+account).Output()
+		if err != nil {
+			t.Fatalf("join token of %s: %v", account, err)
+		}
+		file := filepath.Join(t.TempDir(), "token")
+		if err := os.WriteFile(file, token, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return []string{"--control-plane-ca", filepath.Join(authority, "root.crt"), "--join-token-file", file, "--mtls", "strict"}
+	}
 }
 
 // takingOnlyTLS makes a Workload take mutual TLS only.

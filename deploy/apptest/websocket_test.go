@@ -277,10 +277,12 @@ func socketServer(t *testing.T, l library) (address string, ends chan error) {
 func TestWebSocket(t *testing.T) {
 	t.Parallel()
 	for _, server := range libraries {
-		address, ends := socketServer(t, server)
-		p := newPair(t, "http", address, false)
-		for _, client := range libraries {
-			t.Run(client.name+" to "+server.name, func(t *testing.T) { p.sockets(t, client, ends) })
+		for _, strict := range []bool{false, true} {
+			address, ends := socketServer(t, server)
+			p := newPair(t, "http", address, strict)
+			for _, client := range libraries {
+				t.Run(client.name+" to "+server.name+map[bool]string{true: ", mtls"}[strict], func(t *testing.T) { p.sockets(t, client, ends) })
+			}
 		}
 	}
 }

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -9,6 +10,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http2"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
 )
 
 // h2Down is an exchange whose client speaks HTTP/2, and the client's side of it:
@@ -31,7 +33,7 @@ func (p *path) serveHTTP2(ctx context.Context, c *listener.Conn, peer caller) {
 	s := http2.NewServer(nc, early, p.http2)
 	c.OnDrain(s.Drain)
 	defer c.OnDrain(nil)
-	_ = s.Serve(func(s *http2.Stream) { // each stream has been told why
+	err := s.Serve(func(s *http2.Stream) {
 		d, ok := h2Downs.Get().(*h2Down)
 		if !ok {
 			panic("proxy: the pool holds something else than exchanges")
@@ -45,6 +47,11 @@ func (p *path) serveHTTP2(ctx context.Context, c *listener.Conn, peer caller) {
 		d.forget()
 		h2Downs.Put(d)
 	})
+	// Requests of it may never have come to a line of their own.
+	var broken *http2.ConnError
+	if errors.As(err, &broken) && broken.Reason != "" {
+		p.refuseConn(c, peer, logged[telemetry.HTTP2], accesslog.DPE, broken.Reason+": the client broke a rule of HTTP/2 or its rations, and the connection was ended with "+broken.Code.String())
+	}
 }
 
 // serve takes the request of a stream down the path.

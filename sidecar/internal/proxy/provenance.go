@@ -25,18 +25,39 @@ func (x *exchange) prove() bool {
 	return true
 }
 
-func claimsIdentity(name []byte) bool { return http1.EqualFold(name, xfcc) }
+func claimsIdentity(name []byte) bool { return spells(name, xfcc) }
 
 func claimsOfStranger(name []byte) bool {
 	const envoys, ours = "x-envoy-", "x-outrigger-"
 	switch {
 	case claimsIdentity(name):
 		return true
-	case len(name) > len(envoys) && http1.EqualFold(name[:len(envoys)], envoys):
+	case len(name) > len(envoys) && spells(name[:len(envoys)], envoys):
 		return true
-	case len(name) > len(ours) && http1.EqualFold(name[:len(ours)], ours):
+	case len(name) > len(ours) && spells(name[:len(ours)], ours):
 		// The attempt is a count for logs; a caller without TLS may tell it.
 		return !http1.EqualFold(name, "x-outrigger-attempt")
 	}
 	return false
+}
+
+// spells reports whether a program may take name for s, which is in lower case:
+// CGI and what came after it (RFC 3875, 4.1.18) know no difference between '_'
+// and '-'. Other names with underscores pass as they are.
+func spells(name []byte, s string) bool {
+	if len(name) != len(s) {
+		return false
+	}
+	for i, c := range name {
+		switch {
+		case c == '_':
+			c = '-'
+		case 'A' <= c && c <= 'Z':
+			c |= 0x20
+		}
+		if c != s[i] {
+			return false
+		}
+	}
+	return true
 }
