@@ -4,8 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/deploy/bench/measure"
@@ -169,15 +169,19 @@ func compare(t target, peers map[string]*figures) compared {
 		}
 		mine, theirs := added(us), added(them)
 		c.detail = fmt.Sprintf("%.0f us beside %.0f us", mine, theirs)
-		if theirs > 0 {
-			c.ratio = max(mine, 0) / theirs
-			return c
+		switch taken := measure.Rounds(slices.Concat(direct.strangers, us.strangers, them.strangers)).Median(); {
+		case taken > tolerable:
+			c.missing = fmt.Sprintf("other programs took %.0f %% of the processors, which says more of them (%s)", 100*taken, c.detail)
+		case mine <= 0 || theirs <= 0:
+			c.missing = "faster than without a proxy, which is noise (" + c.detail + ")"
+		default:
+			c.ratio = mine / theirs
 		}
 	default:
 		c.missing = "no such figure"
 	}
 	if c.ratio <= 0 && c.missing == "" {
-		c.missing = strings.TrimSpace("nothing to compare " + c.detail)
+		c.missing = "nothing to compare"
 	}
 	return c
 }
