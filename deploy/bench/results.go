@@ -173,7 +173,7 @@ func compare(t target, peers map[string]*figures) compared {
 		}
 		mine, theirs := added(us), added(them)
 		c.detail = fmt.Sprintf("%.0f us beside %.0f us", mine, theirs)
-		switch taken := measure.Rounds(slices.Concat(direct.strangers, us.strangers, them.strangers)).Median(); {
+		switch taken := slices.Concat(direct.strangers, us.strangers, them.strangers).Median(); {
 		case taken > tolerable:
 			c.missing = fmt.Sprintf("other programs took %.0f %% of the processors, which says more of them (%s)", 100*taken, c.detail)
 		case mine <= 0 || theirs <= 0:
