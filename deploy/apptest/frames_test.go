@@ -47,7 +47,8 @@ func TestWebSocketFrames(t *testing.T) {
 		defer close(done)
 		for {
 			select {
-			case <-ends:
+			case err := <-ends:
+				t.Log("a socket has ended: ", err)
 			case <-t.Context().Done():
 				return
 			}
@@ -92,7 +93,7 @@ func TestWebSocketFrames(t *testing.T) {
 				} else if _, err := io.WriteString(conn, socketHandshake); err != nil {
 					t.Fatal(err)
 				}
-				resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // it has none
+				resp, err := http.ReadResponse(r, nil)
 				if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Sec-Websocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
 					t.Fatalf("%v, %v", resp, err)
 				}
@@ -174,7 +175,7 @@ func TestUpgradedHalves(t *testing.T) {
 		c := dialRaw(t, p.address)
 		r := bufio.NewReader(c)
 		_, _ = io.WriteString(c, "GET "+path+" HTTP/1.1\r\nHost: peer\r\nConnection: Upgrade\r\nUpgrade: words\r\n\r\n")
-		resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // it has none
+		resp, err := http.ReadResponse(r, nil)
 		if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
 			t.Fatalf("%v, %v", resp, err)
 		}

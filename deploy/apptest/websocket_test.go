@@ -173,7 +173,7 @@ var libraries = []library{
 		name: "gorilla",
 		dial: func(url string, compress bool) (peerSocket, *http.Response, error) {
 			d := gorilla.Dialer{HandshakeTimeout: 10 * time.Second, Subprotocols: subprotocols, EnableCompression: compress, WriteBufferSize: 1 << 10}
-			c, resp, err := d.Dial(url, nil) //nolint:bodyclose // the library has read it
+			c, resp, err := d.Dial(url, nil)
 			if err != nil {
 				return nil, resp, err
 			}
@@ -193,7 +193,7 @@ var libraries = []library{
 		dial: func(url string, compress bool) (peerSocket, *http.Response, error) {
 			ctx, cancel := within(10 * time.Second)
 			defer cancel()
-			c, resp, err := coder.Dial(ctx, url, &coder.DialOptions{Subprotocols: subprotocols, CompressionMode: coderCompression(compress)}) //nolint:bodyclose // the library has read it
+			c, resp, err := coder.Dial(ctx, url, &coder.DialOptions{Subprotocols: subprotocols, CompressionMode: coderCompression(compress)})
 			if err != nil {
 				return nil, resp, err
 			}
@@ -290,7 +290,7 @@ func TestWebSocket(t *testing.T) {
 func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 	dial := func(t *testing.T, path string) peerSocket {
 		t.Helper()
-		c, _, err := client.dial("ws://"+p.address+path, strings.Contains(path, "compress")) //nolint:bodyclose // the library has read it
+		c, _, err := client.dial("ws://"+p.address+path, strings.Contains(path, "compress"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -310,7 +310,7 @@ func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 	finish := func(t *testing.T, c peerSocket) {
 		t.Helper()
 		_ = c.close(1000, "")
-		ended(t)
+		_ = ended(t)
 	}
 	echoes := func(t *testing.T, c peerSocket, text bool, b []byte, fragment int) {
 		t.Helper()
@@ -356,25 +356,26 @@ func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 		}
 		c.cut()
 		<-done
-		ended(t)
+		_ = ended(t)
 	})
 	t.Run("client says goodbye", func(t *testing.T) {
 		c := dial(t, "/")
 		if err := c.close(4002, "had enough"); err != nil {
 			t.Fatal(err)
 		}
-		if err := ended(t); err != (closed{4002, "had enough"}) {
+		if err := ended(t); !errors.Is(err, closed{4002, "had enough"}) {
 			t.Errorf("the server was told: %v", err)
 		}
 	})
 	t.Run("server says goodbye", func(t *testing.T) {
 		c := dial(t, "/goodbye")
-		if _, _, err := c.read(); err != (closed{4001, "till tomorrow"}) {
+		if _, _, err := c.read(); !errors.Is(err, closed{4001, "till tomorrow"}) {
 			t.Errorf("the client was told: %v", err)
 		}
 		c.cut()
 		select { // a library that waits for the client's goodbye has nothing more to say
-		case <-ends:
+		case err := <-ends:
+			t.Log("the socket has ended: ", err)
 		case <-time.After(6 * time.Second):
 		}
 	})
@@ -386,7 +387,7 @@ func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 		finish(t, c)
 	})
 	t.Run("compression is agreed on by the ends", func(t *testing.T) {
-		c, resp, err := client.dial("ws://"+p.address+"/?compress", true) //nolint:bodyclose // the library has read it
+		c, resp, err := client.dial("ws://"+p.address+"/?compress", true)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -398,7 +399,7 @@ func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 		finish(t, c)
 	})
 	t.Run("refused handshake", func(t *testing.T) {
-		_, resp, err := client.dial("ws://"+p.address+"/refuse", false) //nolint:bodyclose // the library has read it
+		_, resp, err := client.dial("ws://"+p.address+"/refuse", false)
 		if err == nil || resp == nil || resp.StatusCode != http.StatusForbidden {
 			t.Errorf("%v, %v", resp, err)
 		}
@@ -423,7 +424,7 @@ func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 		var wg sync.WaitGroup
 		for i := range 200 {
 			wg.Go(func() {
-				c, _, err := client.dial("ws://"+p.address+"/", false) //nolint:bodyclose // the library has read it
+				c, _, err := client.dial("ws://"+p.address+"/", false)
 				if err != nil {
 					t.Errorf("%d: %v", i, err)
 					return
@@ -444,7 +445,7 @@ func (p *pair) sockets(t *testing.T, client library, ends chan error) {
 		}
 		wg.Wait()
 		for range 200 {
-			ended(t)
+			_ = ended(t)
 		}
 	})
 }

@@ -59,7 +59,14 @@ func page(m machine, p plan, all results) string {
 
 	for _, s := range p.scenarios {
 		line("\n## %s\n", s.title)
-		line("`%s`: %d connections%s; a request is a %s.\n", s.name, s.conns, map[bool]string{true: fmt.Sprintf(" with %d streams each", s.streams)}[s.streams > 1], s.unit)
+		about := fmt.Sprintf("`%s`: %d connections", s.name, s.conns)
+		if s.streams > 1 {
+			about += fmt.Sprintf(" with %d streams each", s.streams)
+		}
+		if s.unit != "request" {
+			about += "; a request is a " + s.unit
+		}
+		line("%s. Latencies in us.\n", about)
 		var missing []string
 		line("| %s |\n|---%s|", strings.Join(columns, " | "), strings.Repeat("|--:", len(columns)-1))
 		for _, r := range rows(all[s.name]) {

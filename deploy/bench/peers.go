@@ -504,7 +504,7 @@ func findTools(ctx context.Context, root string) tools {
 		if err != nil {
 			b = []byte("unknown")
 		}
-		line, _, _ := strings.Cut(strings.TrimSpace(string(b)), "\n")
+		line, _, _ := strings.Cut(strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(string(b)), program)), "\n")
 		t.versions = append(t.versions, [2]string{name, line})
 	}
 	version("nginx", t.nginx, "-v")

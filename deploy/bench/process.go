@@ -88,10 +88,18 @@ func (p *process) ended() error {
 	}
 }
 
-// words are the last that it wrote to stderr.
+// words are the last that it wrote to stderr, without what only tells of its
+// work.
 func (p *process) words() string {
 	b, _ := os.ReadFile(p.stderr) // nothing is known then
-	return strings.TrimSpace(string(b[max(0, len(b)-600):]))
+	var out strings.Builder
+	for line := range strings.Lines(string(b)) {
+		if !strings.Contains(line, `"log.level":"info"`) {
+			out.WriteString(line)
+		}
+	}
+	text := out.String()
+	return strings.TrimSpace(text[max(0, len(text)-600):])
 }
 
 // tree is a process and all that descend from it.

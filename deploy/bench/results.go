@@ -4,8 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/deploy/bench/measure"
@@ -52,7 +52,6 @@ type results map[string]map[string]*figures
 // entry is a peer's place in the JSON file. Times are microseconds, memory is
 // KiB; p50, p99 and p99.9 are those at 1,000 requests a second.
 type entry struct {
-	Failed          string                `json:"failed,omitempty"`
 	CPU             float64               `json:"cpu_us"`
 	CPUStat         float64               `json:"cpu_stat_us,omitempty"`
 	RPS             float64               `json:"rps"`
@@ -82,10 +81,15 @@ type atRate struct {
 	Kept float64 `json:"kept"` // least share of the rate that was reached
 }
 
-// entryOf is what the file says of a peer.
-func entryOf(f *figures) entry {
+// failure is in the place of a peer that has no figures.
+type failure struct {
+	Failed string `json:"failed"`
+}
+
+// entryOf is what the file says of a peer: an entry, or a failure.
+func entryOf(f *figures) any {
 	if f.failed != "" {
-		return entry{Failed: f.failed}
+		return failure{f.failed}
 	}
 	e := entry{
 		CPU: f.cpu.Median(), CPUStat: f.cpuStat.Median(), RPS: f.rps.Median(), RSS: f.rss, RSS64: f.rss64, RSS10k: f.rss10k, Idle: f.idle,
@@ -112,9 +116,9 @@ const comparedRate = 1000
 
 // writeJSON replaces the file by what is known so far.
 func writeJSON(path string, all results) error {
-	out := map[string]map[string]entry{}
+	out := map[string]map[string]any{}
 	for s, peers := range all {
-		out[s] = map[string]entry{}
+		out[s] = map[string]any{}
 		for p, f := range peers {
 			out[s][p] = entryOf(f)
 		}
@@ -169,15 +173,19 @@ func compare(t target, peers map[string]*figures) compared {
 		}
 		mine, theirs := added(us), added(them)
 		c.detail = fmt.Sprintf("%.0f us beside %.0f us", mine, theirs)
-		if theirs > 0 {
-			c.ratio = max(mine, 0) / theirs
-			return c
+		switch taken := slices.Concat(direct.strangers, us.strangers, them.strangers).Median(); {
+		case taken > tolerable:
+			c.missing = fmt.Sprintf("other programs took %.0f %% of the processors, which says more of them (%s)", 100*taken, c.detail)
+		case mine <= 0 || theirs <= 0:
+			c.missing = "faster than without a proxy, which is noise (" + c.detail + ")"
+		default:
+			c.ratio = mine / theirs
 		}
 	default:
 		c.missing = "no such figure"
 	}
 	if c.ratio <= 0 && c.missing == "" {
-		c.missing = strings.TrimSpace("nothing to compare " + c.detail)
+		c.missing = "nothing to compare"
 	}
 	return c
 }

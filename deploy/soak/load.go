@@ -168,10 +168,10 @@ func (w *world) http(version int) (func(context.Context, *rand.Rand) error, func
 
 // unlessAsked is err, unless the client has given up as it meant to.
 func unlessAsked(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		return err
 	}
-	return err
+	return nil
 }
 
 func (w *world) grpc() (func(context.Context, *rand.Rand) error, func()) {
@@ -198,10 +198,10 @@ func (w *world) grpc() (func(context.Context, *rand.Rand) error, func()) {
 
 func (w *world) socket(ctx context.Context, r *rand.Rand) error {
 	c, resp, err := websocket.DefaultDialer.DialContext(ctx, "ws://"+w.calls["web"]+"/socket", nil)
+	if resp != nil {
+		_ = resp.Body.Close() // the library has read it
+	}
 	if err != nil {
-		if resp != nil {
-			return fmt.Errorf("%s: %w", resp.Status, err)
-		}
 		return err
 	}
 	defer func() { _ = c.Close() }()

@@ -61,7 +61,7 @@ func spoken(p mesh.Protocol) []string {
 		return []string{"h2"}
 	case mesh.HTTP1:
 		return []string{"http/1.1"}
-	case mesh.TCP, mesh.Unknown:
+	case mesh.TCP, mesh.TLS, mesh.Unknown:
 	}
 	return nil
 }

@@ -93,6 +93,24 @@ func (d *Body) Next(b []byte) (consumed int, data []byte, done bool, err error) 
 	}
 }
 
+// Left is how many bytes of a body of known Length are still to come; 0 for other
+// bodies, and when it is done.
+func (d *Body) Left() int64 {
+	if d.framing != Length || d.Done() {
+		return 0
+	}
+	return d.left
+}
+
+// Passed takes in that n of the bytes that are Left went by without having been
+// given to Next.
+func (d *Body) Passed(n int64) {
+	d.left -= n
+	if d.left == 0 {
+		d.state = finished
+	}
+}
+
 // End is to be called when the stream ends. It returns nil if that is where
 // the body ends too, else an *Error with ReasonTruncated.
 func (d *Body) End() error {

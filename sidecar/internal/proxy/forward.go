@@ -31,7 +31,10 @@ const (
 	drainPatience = 25 * time.Millisecond
 )
 
-var errClientGone = errors.New("the client went away before the answer was complete")
+var (
+	errClientGone  = errors.New("the client went away before the answer was complete")
+	errClientStuck = errors.New("it takes no bytes")
+)
 
 func bodyTimeoutError() error {
 	return &http1.Error{Status: 408, Reason: "body_timeout", Detail: "the request's body did not arrive in time"}
@@ -419,6 +422,21 @@ func (f *forwarding) passOn() (r result, keep bool) {
 		return left(err, r.status), false
 	}
 	for !done {
+		if bytes := f.unread(); bytes >= minSplice {
+			if err := x.down.flush(); err != nil {
+				return left(err, r.status), false
+			}
+			switch err := f.splice(bytes); {
+			case err == nil:
+				done = true
+				continue
+			case errors.Is(err, errClientGone), errors.Is(err, errClientStuck):
+				return left(err, r.status), false
+			default:
+				x.down.cut()
+				return f.lost(err), false
+			}
+		}
 		var data []byte
 		var err error
 		data, done, err = f.up.readBody(false, time.Time{})
@@ -531,7 +549,7 @@ func (f *forwarding) lost(err error) result {
 		failure = retry.ResetBeforeRequest
 	}
 	why := cause(err)
-	if errors.Is(err, io.EOF) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		why = "closed the connection before its response was complete"
 	}
 	return result{failure: failure, status: 503, flags: accesslog.UC, why: name + ": " + why}

@@ -29,16 +29,14 @@ func peekFD(fd int, b []byte) (int, error) {
 }
 
 func result(n uintptr, e syscall.Errno) (int, error) {
-	switch e {
-	case 0:
+	if e == 0 {
 		return int(n), nil
-	case syscall.EAGAIN: // without an allocation
+	}
+	if e == syscall.EAGAIN {
 		return 0, errAgain
-	case syscall.EINTR:
-		return 0, errInterruptedCall
 	}
 	return 0, e
 }
 
-// Made once: an interface that holds an Errno allocates.
-var errAgain, errInterruptedCall error = syscall.EAGAIN, syscall.EINTR
+// errAgain is made once: putting an Errno into an interface allocates.
+var errAgain error = syscall.EAGAIN

@@ -464,6 +464,40 @@ func (c *Conn) mayWrite(err error) (bool, error) {
 	return true, nil
 }
 
+// ErrStuck is the error of a Splice whose dst took nothing for too long. What was
+// on its way is lost.
+var ErrStuck = errors.New("the peer takes no bytes")
+
+// Splice moves n bytes from src to dst within the kernel, where nothing is unread
+// and neither is TLS. It waits for bytes until the read deadline of src, after
+// which it can be called again, and for dst to take them until by. An end before
+// n bytes is io.ErrUnexpectedEOF.
+func Splice(dst, src *Conn, n int64, by time.Time) (moved int64, err error) {
+	// Bytes may be in the pipe when a write ends: its deadline must be the true one.
+	dst.writeBy = at(by)
+	dst.writeSet = dst.writeBy
+	if err := dst.tcp.SetWriteDeadline(by); err != nil {
+		return 0, err
+	}
+	for {
+		m, err := io.Copy(dst.tcp, &io.LimitedReader{R: src.tcp, N: n - moved})
+		moved += m
+		switch {
+		case moved == n:
+			return moved, nil
+		case err == nil:
+			return moved, io.ErrUnexpectedEOF
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return moved, err
+		case dst.writeBy.passed() || dst.writeInterrupted.Load():
+			return moved, ErrStuck
+		}
+		if err := src.expired(); err != nil {
+			return moved, err
+		}
+	}
+}
+
 // Interrupt ends a read that waits, and every later one, with ErrInterrupted,
 // until Resume. Bytes that have come are still read.
 func (c *Conn) Interrupt() {
