@@ -145,7 +145,7 @@ func TestBodiesAcrossVersions(t *testing.T) {
 					}
 					_, got := b.send(b.request("POST", "/echo", body))
 					if a, b := sha256.Sum256(got), sha256.Sum256(data); a != b {
-						t.Errorf("%d bytes (length known: %v): got %d bytes, %s", size, known, len(got), hex.EncodeToString(a[:4]))
+						t.Errorf("%d bytes (length known: %v): got %d bytes, %s: %.80q", size, known, len(got), hex.EncodeToString(a[:4]), got)
 					}
 				})
 			}
