@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Runs the h2spec conformance suite against the ambassador port and the inbound
 # port of real sidecars (deploy/apptest, TestH2Spec). h2spec is built once, into
-# .cache/h2spec. Failures that are expected are listed there, with the reason:
-# none is.
+# .cache/h2spec. A failure that is expected is listed there, with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=v2.2.1+incompatible

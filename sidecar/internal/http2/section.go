@@ -192,14 +192,15 @@ func (s *section) into(h *http1.Head, arena []byte, m *message) (_ []byte, reaso
 }
 
 func (s *section) joinCookies(arena []byte) (value, _ []byte) {
-	start := len(arena)
+	start, first := len(arena), true
 	for _, sp := range s.fields {
 		if !sp.cookie {
 			continue
 		}
-		if len(arena) > start {
+		if !first { // also where the first one is empty
 			arena = append(arena, "; "...)
 		}
+		first = false
 		arena = append(arena, s.value(sp)...)
 	}
 	return arena[start:len(arena):len(arena)], arena

@@ -83,9 +83,11 @@ func (w *tunnelling) direction(dst, src net.Conn) (n int64) {
 		w.early = nil
 		w.release()
 	}
-	copying := w.copy
+	copying, round := w.copy, min(tcpIdleCheck, w.idle/4)
+	var waits *readiness
 	if s, d, ok := bothTCP(src, dst); ok {
 		copying = func(net.Conn, net.Conn) (int64, net.Conn, error) { return splice(d, s) }
+		waits = newReadiness(s)
 	}
 	if w.first != nil {
 		copying = w.watch(copying)
@@ -95,11 +97,24 @@ func (w *tunnelling) direction(dst, src net.Conn) (n int64) {
 		// cannot pass before the read deadline does, unless a write has been stuck.
 		now := time.Now()
 		stuck := now.Add(w.idle)
-		if err := errors.Join(src.SetReadDeadline(now.Add(min(tcpIdleCheck, w.idle/4))), dst.SetWriteDeadline(stuck)); err != nil {
+		if err := errors.Join(src.SetReadDeadline(now.Add(round)), dst.SetWriteDeadline(stuck)); err != nil {
 			w.fail(src, err)
 			return n
 		}
-		m, culprit, err := copying(dst, src)
+		var m int64
+		var culprit net.Conn
+		var err error
+		if waits != nil && (w.first == nil || w.spoke.Load()) {
+			// A round of splice holds a pipe, which is two descriptors, also while it
+			// waits: so it begins when there is something to carry, and is short.
+			if err = waits.wait(); err == nil {
+				err = src.SetReadDeadline(time.Now().Add(min(spliceRound, round)))
+			}
+			culprit = src
+		}
+		if err == nil {
+			m, culprit, err = copying(dst, src)
+		}
 		n += m
 		w.touch(m)
 		switch {
@@ -158,6 +173,10 @@ func newChunk() *chunk {
 	}
 	return b
 }
+
+// spliceRound is how long a round of splice may last: what pauses for longer gives
+// its pipe back.
+const spliceRound = 100 * time.Millisecond
 
 // maxGreeting is how much of the first bytes is carried to see whose they are.
 const maxGreeting = 512
@@ -233,6 +252,28 @@ func stuckWrite(err error) error {
 	}
 	return err
 }
+
+// readiness waits until a connection has something to read, or has ended.
+type readiness struct {
+	raw  syscall.RawConn
+	peek func(fd uintptr) bool
+}
+
+// newReadiness is nil where c is closed already, which the copy will find.
+func newReadiness(c *net.TCPConn) *readiness {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	return &readiness{raw, func(fd uintptr) bool {
+		var one [1]byte
+		_, _, err := syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		return !errors.Is(err, syscall.EAGAIN) && !errors.Is(err, syscall.EINTR)
+	}}
+}
+
+// wait until there is something, or the read deadline has passed.
+func (r *readiness) wait() error { return r.raw.Read(r.peek) }
 
 // splice is one round of carrying in the kernel.
 func splice(dst, src *net.TCPConn) (n int64, culprit net.Conn, err error) {

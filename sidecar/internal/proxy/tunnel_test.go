@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -385,4 +386,35 @@ func TestBytesAreNotCopied(t *testing.T) {
 	if n := readBytes(t) - before; n > size+size/4 {
 		t.Errorf("%d bytes were read for %d that were sent: the tunnel copies", n, size)
 	}
+}
+
+// A tunnel that carries nothing holds its two connections and no more, also after
+// it has carried something.
+func TestIdleTunnelsHoldNoPipes(t *testing.T) {
+	descriptors := func() int {
+		all, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Skip("the system does not list descriptors: ", err)
+		}
+		return len(all)
+	}
+	const count = 30
+	before := descriptors()
+	for range count {
+		e := between(t, &tunnelling{idle: time.Minute})
+		say(t, e.client, "hello")
+		hear(t, e.server, "hello")
+		say(t, e.server, "hello")
+		hear(t, e.client, "hello")
+	}
+	var held int
+	for range 50 {
+		time.Sleep(20 * time.Millisecond)
+		runtime.GC() // with the second one, the pipes go that net keeps for later
+		// Of each connection both ends are in this process.
+		if held = descriptors() - before; held <= 4*count+10 {
+			return
+		}
+	}
+	t.Errorf("%d idle tunnels hold %d descriptors; want 4 each", count, held)
 }

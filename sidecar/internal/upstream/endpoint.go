@@ -101,7 +101,9 @@ func (e *Endpoint) Get(ctx context.Context, deadline time.Time) (*Conn, error) {
 		if c == nil {
 			return e.dialOne(ctx, deadline, "http/1.1")
 		}
-		if c.verified.holds(e) && c.Alive() {
+		// What was in use a moment ago is not looked at: looking costs a system call a
+		// request, and a server that closes says so in its answer.
+		if c.verified.holds(e) && (time.Since(c.since) < freshFor || c.Alive()) {
 			e.active.Add(1)
 			c.Endpoint, c.Reused, c.Over = e, true, ""
 			return c, nil

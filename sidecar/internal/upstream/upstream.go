@@ -32,6 +32,8 @@ const (
 	// keep-alive of servers would cost connections; the liveness check at
 	// checkout covers the race with those that are quicker.
 	idleTimeout = 30 * time.Second
+	// freshFor is how long after its use a connection is taken to be still open.
+	freshFor = time.Millisecond
 	// connectTimeout of one attempt to connect.
 	connectTimeout = time.Second
 	// sweepEvery is how often idle connections and ejections are looked at.
