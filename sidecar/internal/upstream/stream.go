@@ -131,11 +131,9 @@ func (e *Endpoint) share(ctx context.Context, deadline time.Time, d *dialing) {
 		nc = got.tls
 	}
 	c := &shared{Client: http2.NewClient(nc, e.cluster.http2), verified: got.verified, since: time.Now()}
-	if e.retired {
-		c.Drain()
-	} else {
-		e.shared = append(e.shared, c)
-	}
+	// Also where the endpoint has retired meanwhile: whoever chose it before is
+	// served, and the last stream ends the connection.
+	e.shared = append(e.shared, c)
 	e.cluster.open.run(c, func() {
 		_ = nc.Close()
 		e.cluster.connections.Add(-1)
@@ -152,9 +150,14 @@ func (s *Stream) Peer() string { return s.c.peer }
 func (s *Stream) Close(now time.Time) {
 	s.Stream.Release()
 	s.Endpoint.active.Add(-1)
-	s.Endpoint.mu.Lock()
+	p := s.Endpoint.pool
+	p.mu.Lock()
 	s.c.since = now
-	s.Endpoint.mu.Unlock()
+	retired := p.retired
+	p.mu.Unlock()
+	if retired {
+		p.closeIdleShared(time.Time{}) // no sweep finds it any more
+	}
 }
 
 // closeIdleShared ends connections without streams that nobody has used since
