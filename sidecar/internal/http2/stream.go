@@ -613,6 +613,13 @@ func (s *Stream) Interrupt() {
 	s.wakeReader()
 }
 
+// Resume takes an Interrupt back that nothing has met.
+func (s *Stream) Resume() {
+	s.c.mu.Lock()
+	s.interrupted = false
+	s.c.mu.Unlock()
+}
+
 // OnGone has f called once, when the peer resets the stream or the connection
 // dies before the stream's end; at once if that has happened. f is called
 // without locks held, maybe by the goroutine that reads the connection: it must
