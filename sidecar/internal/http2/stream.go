@@ -594,6 +594,9 @@ func (s *Stream) reset(code ErrCode) {
 	if s.id == 0 || s.err != nil || s.recvEnd && s.sendEnd || c.err != nil {
 		return
 	}
+	if !c.server {
+		c.cancelled++
+	}
 	s.onGone = nil // it is not the peer who ends it
 	recvEnd := s.recvEnd
 	s.recvEnd = false
