@@ -73,6 +73,9 @@ type conn struct {
 	// dataSent counts frames of data since the reader last looked, which earn the
 	// peer WINDOW_UPDATEs and PINGs; ended counts streams that ended well.
 	dataSent, ended int
+	// cancelled counts a client's own resets in the same way: what the server had
+	// sent before it knew is not its fault.
+	cancelled int
 
 	tick      *time.Timer
 	tickEvery time.Duration

@@ -148,9 +148,12 @@ func (c *conn) frames(now time.Time) (err error) {
 	c.mu.Lock()
 	c.now = now
 	sent, ended := float64(c.dataSent), float64(c.ended)
-	c.dataSent, c.ended = 0, 0
+	cancelled := float64(c.cancelled)
+	c.dataSent, c.ended, c.cancelled = 0, 0, 0
 	c.mu.Unlock()
 	c.m.resets.earn(ended/2, &resetRation)
+	c.m.useless.earn(8*cancelled, &uselessRation)
+	c.m.resets.earn(8*cancelled, &resetRation)
 	c.m.windows.earn(10*sent, &windowRation)
 	c.m.pings.earn(sent, &pingRation)
 	partial := false

@@ -594,6 +594,9 @@ func (s *Stream) reset(code ErrCode) {
 	if s.id == 0 || s.err != nil || s.recvEnd && s.sendEnd || c.err != nil {
 		return
 	}
+	if !c.server {
+		c.cancelled++
+	}
 	s.onGone = nil // it is not the peer who ends it
 	recvEnd := s.recvEnd
 	s.recvEnd = false
@@ -611,6 +614,13 @@ func (s *Stream) Interrupt() {
 	defer c.unlock()
 	s.interrupted = true
 	s.wakeReader()
+}
+
+// Resume takes an Interrupt back that nothing has met.
+func (s *Stream) Resume() {
+	s.c.mu.Lock()
+	s.interrupted = false
+	s.c.mu.Unlock()
 }
 
 // OnGone has f called once, when the peer resets the stream or the connection

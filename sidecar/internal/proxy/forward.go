@@ -56,6 +56,7 @@ type forwarding struct {
 	heard time.Time // when the head of the response had come
 
 	mu       sync.Mutex // guards the setting of up
+	use      uint64     // counts the exchanges, for callbacks that come late; guarded by mu
 	up       callee     // what is called; h1 or h2
 	h1       h1Up
 	h2       h2Up
@@ -88,6 +89,9 @@ func (f *forwarding) begin(x *exchange, b *breaker.Breaker, v breaker.Verdict) {
 
 // forget drops what must not outlive the request.
 func (f *forwarding) forget() {
+	f.mu.Lock()
+	f.use++
+	f.mu.Unlock()
 	f.exchange, f.breaker, f.endpoint, f.peer = nil, nil, nil, ""
 	f.resp.Reset()
 	f.respEdit = http1.Edit{}
@@ -151,6 +155,16 @@ func (f *forwarding) hangUp() {
 	}
 }
 
+// hangUpOn is hangUp unless the exchange that it is meant for is over: a
+// callback may be on its way while the forwarding serves another one already.
+func (f *forwarding) hangUpOn(use uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.use == use && f.up != nil {
+		f.up.wake()
+	}
+}
+
 // run sends the request over the connection and passes the response on to the
 // client, or holds it back where the retry policy wants another attempt and one
 // may be made. It ends the connection, unless the result is a tunnel.
@@ -189,6 +203,7 @@ func (f *forwarding) run() (r result) {
 // a pump beside us, for the response may begin before the request has ended.
 func (f *forwarding) send() (result, bool) {
 	x := f.exchange
+	x.down.resumeBody() // an attempt before may have woken it
 	if err := x.readBuffered(); err != nil {
 		f.clientErr = err
 		return f.clientFault(), false
@@ -217,6 +232,9 @@ func (f *forwarding) send() (result, bool) {
 	}
 	// A write that failed half-way may have met an early response: read it.
 	if err == nil && !x.bodyDone {
+		// Receiving ends at the attempt's deadline, and stops the pump with it. The
+		// pump's own is the request's, for the per-try timeout may end before it does.
+		f.up.writeBy(x.deadline)
 		f.pump = make(chan struct{})
 		go f.pumpBody()
 	}
@@ -413,7 +431,6 @@ func (f *forwarding) passOn() (r result, keep bool) {
 	}
 	if x.route.Retry.PerTryTimeout > 0 {
 		f.until = x.deadline // the rest of the response has the request's own
-		f.up.writeBy(f.until)
 	}
 	f.respEdit = http1.Edit{}
 	x.answered = true

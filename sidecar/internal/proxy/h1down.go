@@ -176,6 +176,13 @@ func (d *h1Down) interruptBody() {
 	d.conn.Interrupt()
 }
 
+func (d *h1Down) resumeBody() {
+	if d.woken {
+		d.woken = false
+		d.conn.Resume()
+	}
+}
+
 // gone lets a client that has closed its direction wait for its answer: it may
 // have done so only to say that its request is whole (RFC 9112, 9.6), and cannot
 // be told from one that has left.
@@ -188,7 +195,9 @@ func (d *h1Down) gone() bool {
 	if d.halfClosed.IsZero() {
 		d.halfClosed = now
 	}
-	return !d.bodyDone || now.Sub(d.halfClosed) >= halfCloseGrace
+	// While a pump reads the body, it is the pump that finds out whether the body is
+	// whole, and bodyDone is its own.
+	return d.fwd.pumpEnded() && !d.bodyDone || now.Sub(d.halfClosed) >= halfCloseGrace
 }
 
 func (d *h1Down) interim(h *http1.Head) error {

@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/http1"
@@ -19,15 +20,17 @@ type h1Up struct {
 	framing http1.Framing // of the request's body
 	out     []byte
 	outBuf  *[]byte
-	wrote   bool
+	wrote   atomic.Bool
 
 	body   http1.Body
-	closes bool // the response says that the connection ends with it
-	woken  bool // interrupted, in vain if the exchange was complete
+	closes bool        // the response says that the connection ends with it
+	woken  atomic.Bool // interrupted, in vain if the exchange was complete
 }
 
 func (u *h1Up) begin(c *upstream.Conn, method []byte) {
-	u.c, u.method, u.framing, u.wrote, u.closes, u.woken = c, method, 0, false, false, false
+	u.c, u.method, u.framing, u.closes = c, method, 0, false
+	u.wrote.Store(false)
+	u.woken.Store(false)
 	u.body.Limits = &limits
 	u.body.Reset(http1.None, 0)
 }
@@ -63,17 +66,19 @@ func (u *h1Up) flush() error {
 		return nil
 	}
 	n, err := u.c.Write(u.out)
-	u.wrote = u.wrote || n > 0
+	if n > 0 {
+		u.wrote.Store(true)
+	}
 	u.out = u.out[:0]
 	return err
 }
 
-func (u *h1Up) sent() bool { return u.wrote }
+func (u *h1Up) sent() bool { return u.wrote.Load() }
 
 func (u *h1Up) writeBy(t time.Time) { u.c.WriteBy(t) }
 
 func (u *h1Up) interruptWrite() {
-	u.woken = true
+	u.woken.Store(true)
 	u.c.InterruptWrite()
 }
 
@@ -139,7 +144,7 @@ func (u *h1Up) readBody(wait bool, by time.Time) (data []byte, done bool, err er
 func (u *h1Up) bodyTrailers() []http1.Header { return u.body.Trailers() }
 
 func (u *h1Up) wake() {
-	u.woken = true
+	u.woken.Store(true)
 	u.c.Interrupt()
 }
 
@@ -156,7 +161,7 @@ func (u *h1Up) release(keep bool) {
 	c := u.c
 	u.c = nil
 	if keep {
-		if u.woken {
+		if u.woken.Load() {
 			c.Resume()
 		}
 		c.Endpoint.Put(c, time.Now())

@@ -61,7 +61,8 @@ func (d *h2Down) serve() {
 		return // reset before we came to it
 	}
 	d.bodyDone = d.req.Framing == http1.None
-	d.s.OnGone(d.fwd.hangUp)
+	use := d.fwd.use
+	d.s.OnGone(func() { d.fwd.hangUpOn(use) })
 	d.run()
 }
 
@@ -75,6 +76,8 @@ func (d *h2Down) readBody(wait bool) ([]byte, bool, error) {
 func (d *h2Down) bodyTrailers() []http1.Header { return d.s.Trailers() }
 
 func (d *h2Down) interruptBody() { d.s.Interrupt() }
+
+func (d *h2Down) resumeBody() { d.s.Resume() }
 
 func (d *h2Down) gone() bool { return d.s.Gone() }
 

@@ -21,6 +21,8 @@ type downstream interface {
 	bodyTrailers() []http1.Header
 	// interruptBody wakes a readBody that waits; it may fail from then on.
 	interruptBody()
+	// resumeBody ends that: another attempt reads on.
+	resumeBody()
 	// gone reports whether the client no longer waits for an answer.
 	gone() bool
 

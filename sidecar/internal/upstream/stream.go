@@ -131,18 +131,22 @@ func (e *Endpoint) share(ctx context.Context, deadline time.Time, d *dialing) {
 		nc = got.tls
 	}
 	c := &shared{Client: http2.NewClient(nc, e.cluster.http2), verified: got.verified, since: time.Now()}
-	if e.retired {
-		c.Drain()
-	} else {
-		e.shared = append(e.shared, c)
-	}
-	e.cluster.open.run(c, func() {
+	// Also where the endpoint has retired meanwhile: whoever chose it before is
+	// served, and the last stream ends the connection.
+	e.shared = append(e.shared, c)
+	running := e.cluster.open.run(c, func() {
 		_ = nc.Close()
 		e.cluster.connections.Add(-1)
 		e.mu.Lock()
 		e.shared = slices.DeleteFunc(e.shared, func(o *shared) bool { return o == c })
 		e.mu.Unlock()
 	})
+	if !running {
+		d.err = errors.New("the proxy ends")
+		e.shared = slices.DeleteFunc(e.shared, func(o *shared) bool { return o == c })
+		e.cluster.connections.Add(-1)
+		_ = nc.Close()
+	}
 }
 
 // Peer is the SPIFFE ID that the other end has proved; empty in clear.
@@ -152,9 +156,14 @@ func (s *Stream) Peer() string { return s.c.peer }
 func (s *Stream) Close(now time.Time) {
 	s.Stream.Release()
 	s.Endpoint.active.Add(-1)
-	s.Endpoint.mu.Lock()
+	p := s.Endpoint.pool
+	p.mu.Lock()
 	s.c.since = now
-	s.Endpoint.mu.Unlock()
+	retired := p.retired
+	p.mu.Unlock()
+	if retired {
+		p.closeIdleShared(time.Time{}) // no sweep finds it any more
+	}
 }
 
 // closeIdleShared ends connections without streams that nobody has used since
@@ -177,16 +186,21 @@ type connections struct {
 	readers sync.WaitGroup
 	mu      sync.Mutex
 	all     map[*shared]struct{}
+	over    bool // cut was called
 }
 
-// run reads from c until it has ended.
-func (o *connections) run(c *shared, ended func()) {
+// run reads from c until it has ended. It returns false after cut, when nobody
+// waits for readers any more.
+func (o *connections) run(c *shared, ended func()) bool {
 	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.over {
+		return false
+	}
 	if o.all == nil {
 		o.all = map[*shared]struct{}{}
 	}
 	o.all[c] = struct{}{}
-	o.mu.Unlock()
 	o.readers.Go(func() {
 		_ = c.Run() // its streams have been told why
 		o.mu.Lock()
@@ -194,11 +208,13 @@ func (o *connections) run(c *shared, ended func()) {
 		o.mu.Unlock()
 		ended()
 	})
+	return true
 }
 
 // cut ends all connections, whatever runs on them, and waits.
 func (o *connections) cut() {
 	o.mu.Lock()
+	o.over = true
 	for c := range o.all {
 		c.Client.Close()
 	}

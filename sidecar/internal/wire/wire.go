@@ -101,6 +101,7 @@ type Conn struct {
 
 	readBy, readSet   instant // wanted, and set in the system
 	writeBy, writeSet instant
+	secured           atomic.Pointer[tls.Conn] // is tls, for Close
 	interrupted       atomic.Bool
 	writeInterrupted  atomic.Bool
 }
@@ -128,6 +129,7 @@ func (c *Conn) Init(tcp *net.TCPConn, early []byte) (err error) {
 // set meanwhile are taken back.
 func (c *Conn) Secure(t *tls.Conn) {
 	c.nc, c.tls = t, t
+	c.secured.Store(t)
 	c.readSet, c.writeSet = 0, 0
 	_ = c.tcp.SetDeadline(time.Time{}) // a closed connection says so when it is used
 }
@@ -149,10 +151,10 @@ func (c *Conn) LocalAddr() net.Addr { return c.tcp.LocalAddr() }
 
 // Close ends the connection, whoever uses it.
 func (c *Conn) Close() error {
-	if c.tls != nil {
+	if t := c.secured.Load(); t != nil {
 		// The alert must not wait for a peer that reads nothing.
 		_ = c.tcp.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-		return c.tls.Close()
+		return t.Close()
 	}
 	return c.tcp.Close()
 }
@@ -513,10 +515,14 @@ func (c *Conn) InterruptWrite() {
 
 // Resume ends Interrupt and InterruptWrite. Who interrupts must have returned.
 func (c *Conn) Resume() {
-	c.interrupted.Store(false)
-	c.writeInterrupted.Store(false)
 	// Deadlines that are wanted are set anew by the read or write that meets them.
-	c.readSet, c.writeSet = past, past
+	// What was not interrupted has the deadline that was set, or none.
+	if c.interrupted.Swap(false) {
+		c.readSet = past
+	}
+	if c.writeInterrupted.Swap(false) {
+		c.writeSet = past
+	}
 }
 
 // Gone reports whether the connection has ended: io.EOF where the peer has closed

@@ -1,6 +1,7 @@
 package wire_test
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -250,4 +251,43 @@ func TestAnIdleConnectionHoldsNothing(t *testing.T) {
 	if n >= 1 && !raceEnabled {
 		t.Errorf("%v allocations a request", n)
 	}
+}
+
+// What was not interrupted has the deadline it had, or none.
+func TestResumeKnowsWhatWasInterrupted(t *testing.T) {
+	c, _ := pair(t)
+	ends := func(what string, f func() error) {
+		t.Helper()
+		ended := make(chan error, 1)
+		go func() { ended <- f() }()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s: %v; want the end of the deadline", what, err)
+			}
+		case <-time.After(2 * time.Second):
+			t.Errorf("%s waits beyond its deadline", what)
+			_ = c.Close()
+			_ = <-ended
+		}
+	}
+	c.InterruptWrite()
+	c.Resume()
+	c.ReadBy(time.Now().Add(50 * time.Millisecond))
+	ends("a read", c.Fill)
+
+	c, _ = pair(t)
+	c.Interrupt()
+	c.Resume()
+	c.WriteBy(time.Now().Add(50 * time.Millisecond))
+	ends("a write", func() error { _, err := c.Write(make([]byte, 16<<20)); return err })
+}
+
+// A connection may be closed while it changes over to TLS.
+func TestCloseDuringSecure(t *testing.T) {
+	c, _ := pair(t)
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = c.Close() })
+	c.Secure(tls.Server(c.TCP(), &tls.Config{MinVersion: tls.VersionTLS13}))
+	wg.Wait()
 }
