@@ -276,7 +276,7 @@ func (d *h1Down) flush() error {
 func (d *h1Down) cut() {
 	d.mustClose = true
 	if d.framing == http1.UntilClose {
-		_ = d.conn.TCP().SetLinger(0) // only a reset tells the client
+		d.conn.Abort() // only a reset tells the client
 	}
 }
 

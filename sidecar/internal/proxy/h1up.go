@@ -23,8 +23,10 @@ type h1Up struct {
 	wrote   atomic.Bool
 
 	body   http1.Body
-	closes bool        // the response says that the connection ends with it
-	woken  atomic.Bool // interrupted, in vain if the exchange was complete
+	closes bool // the response says that the connection ends with it
+	// bodiless: the response has no body, for its status or the method of the request.
+	bodiless bool
+	woken    atomic.Bool // interrupted, in vain if the exchange was complete
 }
 
 func (u *h1Up) begin(c *upstream.Conn, method []byte) {
@@ -107,7 +109,7 @@ func (u *h1Up) readHead(h *http1.Head, by time.Time) error {
 func (u *h1Up) begun(h *http1.Head, n int) {
 	u.c.Use(n)
 	if h.Status >= 200 {
-		u.closes = h.Close
+		u.closes, u.bodiless = h.Close, h.Framing == http1.None
 		u.body.Reset(h.Framing, h.Length)
 	}
 }
@@ -164,6 +166,7 @@ func (u *h1Up) release(keep bool) {
 		if u.woken.Load() {
 			c.Resume()
 		}
+		c.Suspect = u.bodiless
 		c.Endpoint.Put(c, time.Now())
 	} else {
 		c.Endpoint.Discard(c)

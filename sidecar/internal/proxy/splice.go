@@ -14,6 +14,9 @@ import (
 // system calls more than a small one needs.
 const minSplice = 32 << 10
 
+// maxSplice is how many bytes a client has writeTimeout for.
+const maxSplice = 256 << 10
+
 // unread is how many bytes of the response's body are still on the upstream's
 // connection where the kernel can carry them to the client's: both sides speak
 // HTTP/1.1 in clear, and the body is framed by its length on both. Else it is 0.
@@ -37,7 +40,7 @@ func (f *forwarding) splice(n int64) error {
 	}
 	for n > 0 {
 		f.h1.c.ReadBy(f.nextLook())
-		moved, err := wire.Splice(&d.conn.Conn, &f.h1.c.Conn, n, sooner(f.until, time.Now().Add(writeTimeout)))
+		moved, err := wire.Splice(&d.conn.Conn, &f.h1.c.Conn, min(n, maxSplice), sooner(f.until, time.Now().Add(writeTimeout)))
 		n -= moved
 		f.bytesOut += moved
 		f.h1.body.Passed(moved)

@@ -87,6 +87,10 @@ type Conn struct {
 	// empty where none would.
 	Over Limit
 
+	// Suspect has the connection looked at before its next use, however soon: a
+	// server may have sent a body where there is none.
+	Suspect bool
+
 	since time.Time // when it became idle
 	verified
 }
@@ -103,7 +107,7 @@ func (e *Endpoint) Get(ctx context.Context, deadline time.Time) (*Conn, error) {
 		}
 		// What was in use a moment ago is not looked at: looking costs a system call a
 		// request, and a server that closes says so in its answer.
-		if c.verified.holds(e) && (time.Since(c.since) < freshFor || c.Alive()) {
+		if c.verified.holds(e) && (!c.Suspect && time.Since(c.since) < freshFor || c.Alive()) {
 			e.active.Add(1)
 			c.Endpoint, c.Reused, c.Over = e, true, ""
 			return c, nil

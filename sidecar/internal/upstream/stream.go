@@ -44,6 +44,7 @@ const maxShared = 64
 // connecting met.
 func (e *Endpoint) Open(ctx context.Context, deadline time.Time) (Stream, error) {
 	var over Limit
+	entered := time.Now()
 	for {
 		e.mu.Lock()
 		s, ok := e.openShared()
@@ -63,14 +64,17 @@ func (e *Endpoint) Open(ctx context.Context, deadline time.Time) (Stream, error)
 			e.dialing = d
 			e.mu.Unlock()
 			e.share(ctx, deadline, d)
-			over = d.over
-		} else {
-			e.mu.Unlock()
-			if err := d.wait(ctx, deadline); err != nil {
-				return Stream{}, err
+			if over = d.over; d.err != nil {
+				return Stream{}, d.err
 			}
+			continue
 		}
-		if d.err != nil {
+		e.mu.Unlock()
+		if err := d.wait(ctx, deadline); err != nil {
+			return Stream{}, err
+		}
+		// Whoever dialled may have had less time than we have.
+		if d.err != nil && time.Since(entered) >= connectTimeout {
 			return Stream{}, d.err
 		}
 	}

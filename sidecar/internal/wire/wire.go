@@ -565,5 +565,8 @@ func (c *Conn) lookAt(fd uintptr) {
 		if c.seenErr = io.EOF; c.reset != nil {
 			c.seenErr = c.reset
 		}
+	case err == nil && c.secured.Load() != nil && halfClosed(int(fd)):
+		// What is to be read is the alert that says so.
+		c.seenErr = io.EOF
 	}
 }
