@@ -268,7 +268,7 @@ func TestResumeKnowsWhatWasInterrupted(t *testing.T) {
 		case <-time.After(2 * time.Second):
 			t.Errorf("%s waits beyond its deadline", what)
 			_ = c.Close()
-			_ = <-ended
+			t.Log(<-ended) // either may have come first
 		}
 	}
 	c.InterruptWrite()
