@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/wire"
 )
 
 // tunnelling carries bytes both ways between two connections until both sides
@@ -285,9 +286,9 @@ func splice(dst, src *net.TCPConn) (n int64, culprit net.Conn, err error) {
 	switch {
 	case errors.Is(err, syscall.EPIPE):
 		return n, dst, err
-	case gone(src):
+	case wire.Ended(src):
 		return n, src, err
-	case gone(dst):
+	case wire.Ended(dst):
 		return n, dst, err
 	}
 	return n, src, err
