@@ -134,7 +134,9 @@ func (w *world) http(version int) (func(context.Context, *rand.Rand) error, func
 	p := &http.Protocols{}
 	p.SetHTTP1(version == 1)
 	p.SetUnencryptedHTTP2(version == 2)
-	tr := &http.Transport{Protocols: p, DisableCompression: true}
+	// A connection that was dialled for a request which then gave up becomes idle
+	// after the client was thrown away: only a timeout ends it.
+	tr := &http.Transport{Protocols: p, DisableCompression: true, IdleConnTimeout: 10 * time.Second}
 	c := &http.Client{Transport: tr, Timeout: 10 * time.Second}
 	names := []string{"web", "web2"} // each version of the caller to each version of the callee
 	return func(ctx context.Context, r *rand.Rand) error {
