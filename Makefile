@@ -28,6 +28,7 @@ demo: build ## run the whole thing on this machine; DEMO_SECONDS=60 ends by itse
 test: $(TOOLS)/gotestsum ## run every test with the race detector, a real Envoy among them
 	@deploy/apptest/envoy.sh >/dev/null || echo "Envoy could not be installed: its tests will be skipped, loudly"
 	$(TOOLS)/gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -race -timeout 15m ./...
+	go test -count=1 -run 'Allocat|HoldLittle|HoldsNothing' ./sidecar/internal/{accesslog,http2,proxy,telemetry,wire}
 	@printf 'golden files: %s\n' "$$(git ls-files '*/testdata/*' | grep -c -e '\.txtar$$' -e '\.txt$$')"
 
 check: $(TOOLS)/golangci-lint ## vet, lint, layers, formatting and go.mod, without running tests

@@ -16,7 +16,7 @@ import (
 // the runtime keeps on the heap for a goroutine that waits is measured beside it.
 func TestIdleConnectionsHoldLittle(t *testing.T) {
 	if raceEnabled {
-		t.Skip("the race detector allocates for itself: there is nothing to measure")
+		t.Skip("the race detector allocates for itself: make test runs it once more without")
 	}
 	const count, most = 1000, 1024
 	m := start(t, nil, serve(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") }))
