@@ -336,7 +336,7 @@ func TestEscapingIsExact(t *testing.T) {
 }
 
 func TestFlags(t *testing.T) {
-	for f, want := range map[accesslog.Flags]string{0: "-", accesslog.SI: "SI", accesslog.UT: "UT", accesslog.UR | accesslog.DC | accesslog.UF: "DC,UF,UR"} {
+	for f, want := range map[accesslog.Flags]string{0: "-", accesslog.SI: "SI", accesslog.UT: "UT", accesslog.URX | accesslog.DC | accesslog.UF: "DC,UF,URX"} {
 		if got := f.String(); got != want {
 			t.Errorf("%d: %q; want %q", f, got, want)
 		}

@@ -18,12 +18,11 @@ const (
 	UH                    // no healthy upstream
 	UO                    // upstream overflow: breaker or limit
 	UPE                   // upstream protocol error
-	UR                    // reset by the upstream
 	URX                   // retry limit or budget exhausted
 	UT                    // upstream request timeout
 )
 
-var letters = [...]string{"DC", "DPE", "NC", "NR", "OM", "SI", "UC", "UF", "UH", "UO", "UPE", "UR", "URX", "UT"}
+var letters = [...]string{"DC", "DPE", "NC", "NR", "OM", "SI", "UC", "UF", "UH", "UO", "UPE", "URX", "UT"}
 
 // String joins the letters with commas, as Envoy does; "-" where there are none.
 func (f Flags) String() string {
