@@ -140,7 +140,18 @@ type Config struct {
 	// ControlPlaneTLS: ControlPlane is reached over TLS, which needs SDS for an
 	// Envoy.
 	ControlPlaneTLS bool
+	// Capture: the pod's traffic is redirected to PortOutbound and PortInbound, as
+	// netinit does. What the proxy asks of those who call it is then said by the
+	// control plane (the listener named by InboundName), not by MTLS.
+	Capture bool
+	// Addresses of the pod; a proxy that captures serves what was sent to these.
+	Addresses []netip.Addr
 }
+
+// InboundName is the listener that says what a proxy that captures asks of those
+// who call it: inbound/<namespace>/<instance>. Until the control plane has
+// answered, and while it says that there is none, nobody is served.
+func (c Config) InboundName() string { return "inbound/" + c.Namespace + "/" + c.Instance }
 
 // What is asked of those who call a workload.
 const (
@@ -186,6 +197,14 @@ func (c Config) Metadata() map[string]any {
 	if c.SDS != "" {
 		m[MetaSDS] = "true"
 	}
+	if c.Capture {
+		m[MetaCapture] = "true"
+		ips := make([]any, 0, len(c.Addresses))
+		for _, a := range c.Addresses {
+			ips = append(ips, a.String())
+		}
+		m[MetaAddresses] = ips
+	}
 	return m
 }
 
@@ -197,8 +216,10 @@ const (
 	MetaServiceAccount = "SERVICE_ACCOUNT"
 	MetaUpstreams      = "UPSTREAMS"
 	MetaInbounds       = "INBOUNDS"
-	MetaMTLS           = "MTLS" // see Config.MTLS
-	MetaSDS            = "SDS"  // "true": the proxy has the cluster ClusterSDS
+	MetaMTLS           = "MTLS"      // see Config.MTLS
+	MetaSDS            = "SDS"       // "true": the proxy has the cluster ClusterSDS
+	MetaCapture        = "CAPTURE"   // "true": see Config.Capture
+	MetaAddresses      = "ADDRESSES" // see Config.Addresses
 )
 
 // UserAgent is the xDS user_agent_name of our sidecar; Envoy says "envoy" and

@@ -19,6 +19,83 @@ type Mesh struct {
 	TrustDomain string
 	// Services by namespace, then name.
 	Services []Service
+	// Instances by namespace, then name: what each proxy beside an application is
+	// told of itself.
+	Instances []Instance
+}
+
+// Instance is a pod that has a proxy: what the proxy must know to serve those
+// who call the pod.
+type Instance struct {
+	Namespace      string
+	Name           string // of the pod
+	Workload       string
+	ServiceAccount string
+	// Addresses of the pod, one a family; none while it has none.
+	Addresses []netip.Addr
+	// MTLS is what the proxy asks of those who call it.
+	MTLS MTLS
+	// Ports of the pod that some Service leads to, by number. What comes in at
+	// another is of Unknown protocol.
+	Ports []InstancePort
+	// Authorizations that apply to the pod, by policy.
+	Authorizations []Authorization
+}
+
+// InstancePort is a port at which an application serves.
+type InstancePort struct {
+	Number   uint16
+	Protocol Protocol
+}
+
+// MTLS is what a proxy asks of those who call.
+type MTLS string
+
+// The modes, as bootstrap writes them.
+const (
+	Off        MTLS = "off"        // clear text
+	Permissive MTLS = "permissive" // mutual TLS from proxies, clear text from whoever has none
+	Strict     MTLS = "strict"     // mutual TLS
+)
+
+// Action is what becomes of a request that a rule of an Authorization matches.
+type Action string
+
+// The actions. Deny is evaluated first. Where an Allow applies to a port, what
+// none of its Allows matches is denied; where none applies it is allowed.
+const (
+	Allow Action = "Allow"
+	Deny  Action = "Deny"
+)
+
+// Authorization is one AuthorizationPolicy where it applies to an Instance.
+type Authorization struct {
+	// Policy is <namespace>/<name>.
+	Policy string
+	Action Action
+	// Observe: evaluate, count, explain; deny nothing.
+	Observe bool
+	// Ports of the pod that it applies to, sorted; none is all of them.
+	Ports []uint16
+	// Rules of which one must match. None matches nothing.
+	Rules []AuthorizationRule
+}
+
+// AuthorizationRule matches when every list that is not empty has an item that
+// matches. The zero value matches everything.
+type AuthorizationRule struct {
+	// Name is the rule's, or its index.
+	Name string
+	// Principals are SPIFFE IDs; one that ends in "*" is a prefix. "*" is any
+	// proven identity. Only mutual TLS proves one.
+	Principals []string
+	// NotPrincipals: none of these.
+	NotPrincipals []string
+	// Methods and Paths are those of a request. On a port whose bytes are no
+	// requests, a rule that has any matches where its Action is Deny and does not
+	// where it is Allow.
+	Methods []string
+	Paths   []PathMatch
 }
 
 // Service is a name that callers use.
@@ -64,6 +141,9 @@ type Port struct {
 	// Identities are the SPIFFE IDs of the endpoints that take mutual TLS, sorted;
 	// none where none does.
 	Identities []string
+	// Consumers are the Routes that callers of some namespaces have instead, by
+	// namespace (GEP-1294, consumer routes).
+	Consumers []Consumer
 	// Routes in order of precedence (Gateway API, HTTPRouteRule.matches). Where
 	// no HTTPRoute is attached to a port that may be HTTP there is one, the implicit
 	// route named "default" to the port itself. Where some are attached there is no
@@ -104,6 +184,12 @@ type Endpoint struct {
 	Ready bool
 }
 
+// Consumer is what callers of one namespace have instead of a Port's Routes.
+type Consumer struct {
+	Namespace string
+	Routes    []Route
+}
+
 // Route sends the requests that its Match describes to its Backends.
 type Route struct {
 	// Name is <namespace>/<HTTPRoute>/<rule name or index>, or "default".
@@ -111,6 +197,8 @@ type Route struct {
 	Match Match
 	// Backends with weights. None, or a sum of zero: 500 (Gateway API).
 	Backends []Backend
+	// Filters of the rule; nil where it has none. Those of a backend are in Backend.
+	Filters *Filters
 	// Timeout of the request with all its attempts; 0 is none.
 	Timeout time.Duration
 	Retry   Retry
@@ -122,6 +210,58 @@ type Match struct {
 	Method  string
 	Headers []HeaderMatch
 	Query   []QueryMatch
+}
+
+// Filters change a request on its way, or answer it (Gateway API,
+// HTTPRouteFilter).
+type Filters struct {
+	Request  HeaderChange
+	Response HeaderChange
+	// Redirect answers the request; nil does not.
+	Redirect *Redirect
+	// Rewrite is nil where nothing is rewritten.
+	Rewrite *Rewrite
+	// Mirrors get a copy of the request; their answers are thrown away.
+	Mirrors []Mirror
+}
+
+// HeaderChange sets, adds and removes header fields. Names are lower case,
+// sorted in each list; no name is in two.
+type HeaderChange struct {
+	Set    []Header
+	Add    []Header
+	Remove []string
+}
+
+// Header is one field.
+type Header struct{ Name, Value string }
+
+// Redirect answers with Location. What is empty stays as the request has it.
+type Redirect struct {
+	Scheme string
+	Host   string
+	Port   uint16
+	Path   *PathChange
+	Status uint32 // 301, 302, 303, 307 or 308
+}
+
+// Rewrite changes what is sent to the backend.
+type Rewrite struct {
+	Host string
+	Path *PathChange
+}
+
+// PathChange replaces the whole path, or the prefix that the route's Match
+// matched; never both.
+type PathChange struct {
+	Full          *string
+	ReplacePrefix *string
+}
+
+// Mirror is a backend that gets a copy of Numerator in Denominator requests.
+type Mirror struct {
+	Backend                Backend
+	Numerator, Denominator uint32
 }
 
 // ServerName sends the TLS connections for a name (RFC 6066, 3) to Backends,
@@ -174,6 +314,8 @@ type Backend struct {
 	Service   string
 	Port      uint16
 	Weight    uint32
+	// Filters of this backend alone, after those of the rule; only header changes.
+	Filters *Filters
 	// Missing says that the reference does not resolve: no such Service or port,
 	// not permitted, or with a filter that is not supported. The backend keeps
 	// its weight and that share of the requests is answered 500 (Gateway API,
