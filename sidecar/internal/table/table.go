@@ -27,6 +27,9 @@ type Table struct {
 	Destinations map[string]*Destination
 	// Clusters by name, which is a key too.
 	Clusters map[string]*Cluster
+	// Inbound is nil while the control plane has not said what the workload asks of
+	// those who call it, or says that there is no such workload: nobody is served.
+	Inbound *Inbound
 }
 
 // Destination is what is known of a port that the application calls.
