@@ -2,7 +2,9 @@ package xdsclient
 
 import (
 	"fmt"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -55,13 +57,28 @@ func decodeYAML(t *testing.T, k kind, text []byte) string {
 		t.Fatal(err)
 	}
 	var r resource
-	if err := r.decode(k, b); err != nil {
+	var name string
+	if l, ok := m.(*listenerv3.Listener); ok {
+		name = l.GetName()
+	}
+	if err := r.decode(k, name, b); err != nil {
 		// protobuf-go varies the space after its own prefix on purpose.
 		return "rejected: " + strings.ReplaceAll(err.Error(), "\u00a0", " ") + "\n"
 	}
 	var s strings.Builder
 	switch k {
 	case listeners:
+		if in := r.inbound; in != nil {
+			fmt.Fprintf(&s, "mtls=%s\n", in.MTLS)
+			for _, n := range slices.Sorted(maps.Keys(in.Ports)) {
+				fmt.Fprintf(&s, "  %d %s\n", n, in.Ports[n].Protocol)
+			}
+			fmt.Fprintf(&s, "  others %s\n", in.Default.Protocol)
+			break
+		}
+		if r.listener.service != "" {
+			fmt.Fprintf(&s, "of %s ", r.listener.service)
+		}
 		fmt.Fprintf(&s, "%s routes=%q cluster=%q", r.listener.protocol, r.listener.routeName, r.listener.cluster)
 		if c := r.listener.inline; c != nil {
 			fmt.Fprintf(&s, " inline routes=%d", len(c.Routes))
@@ -131,8 +148,12 @@ func FuzzDecode(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, k uint8, b []byte) {
+		var in resource
+		if in.decode(listeners, inboundPrefix, b) == nil && in.inbound.Default.Protocol == "" {
+			t.Error("ports that are not named have no protocol")
+		}
 		var r resource
-		if err := r.decode(kind(k)%kinds, b); err != nil {
+		if err := r.decode(kind(k)%kinds, "", b); err != nil {
 			return
 		}
 		if kind(k)%kinds == routes {
