@@ -219,12 +219,3 @@ func httpRBAC(field string, a *anypb.Any) (*authz.Policy, error) {
 	}
 	return p, nil
 }
-
-// decodeRBAC makes a policy of the RBAC filters of a chain, in their order; none
-// is no policy.
-func decodeRBAC(filters []*anypb.Any) (*authz.Policy, error) {
-	if len(filters) > 0 {
-		return nil, errors.New("RBAC is not supported")
-	}
-	return nil, nil //nolint:nilnil // everybody may call
-}

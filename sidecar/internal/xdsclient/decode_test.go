@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/outrigger-mesh/outrigger/golden"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/route"
 )
 
 func message(k kind) proto.Message {
@@ -84,12 +85,12 @@ func decodeYAML(t *testing.T, k kind, text []byte) string {
 			fmt.Fprintf(&s, " inline routes=%d", len(c.Routes))
 		}
 		for _, n := range r.listener.serverNames {
-			fmt.Fprintf(&s, "\n  %s to %+v", n.Name, n.Clusters)
+			fmt.Fprintf(&s, "\n  %s to %s", n.Name, weighted(n.Clusters))
 		}
 		s.WriteByte('\n')
 	case routes:
 		for _, x := range r.routes.Routes {
-			fmt.Fprintf(&s, "%s\n  match %+v\n  to %+v timeout %v\n  retry %+v\n", x.Name, x.Match, x.Clusters, x.Timeout, x.Retry)
+			fmt.Fprintf(&s, "%s\n  match %+v\n  to %s timeout %v\n  retry %+v\n%s", x.Name, x.Match, weighted(x.Clusters), x.Timeout, x.Retry, filters(&x))
 		}
 	case clusters:
 		c := r.cluster
@@ -177,4 +178,59 @@ func FuzzLastGood(f *testing.F) {
 			t.Errorf("what was read cannot be written: %v", err)
 		}
 	})
+}
+
+func weighted(in []route.Weighted) string {
+	var out []string
+	for _, w := range in {
+		s := fmt.Sprintf("{Cluster:%s Weight:%d", w.Cluster, w.Weight)
+		if w.Request != nil {
+			s += " request " + change(w.Request)
+		}
+		if w.Response != nil {
+			s += " response " + change(w.Response)
+		}
+		out = append(out, s+"}")
+	}
+	return "[" + strings.Join(out, " ") + "]"
+}
+
+func change(c *route.Change) string {
+	var out []string
+	for _, p := range c.Set {
+		out = append(out, fmt.Sprintf("set %s=%s", p.Name, p.Value))
+	}
+	for _, p := range c.Add {
+		out = append(out, fmt.Sprintf("add %s=%s", p.Name, p.Value))
+	}
+	for _, name := range c.Remove {
+		out = append(out, "remove "+name)
+	}
+	return "(" + strings.Join(out, ", ") + ")"
+}
+
+// filters are the lines of what a route changes.
+func filters(r *route.Route) string {
+	var s strings.Builder
+	path := func(p *route.PathRewrite) string {
+		switch {
+		case p == nil:
+			return "as it is"
+		case p.Full != "":
+			return p.Full
+		case p.Regex != nil:
+			return fmt.Sprintf("%s replaced by %s", p.Regex, p.Substitution)
+		}
+		return fmt.Sprintf("%q in the place of %q", p.Prefix, p.From)
+	}
+	if d := r.Redirect; d != nil {
+		fmt.Fprintf(&s, "  redirect %d %s://%s:%d, path %s, %s\n", d.Status, d.Scheme, d.Host, d.Port, path(d.Path), change(&d.Response))
+	}
+	if r.Path != nil || r.Host != nil {
+		fmt.Fprintf(&s, "  rewrite host %q, path %s\n", r.Host, path(r.Path))
+	}
+	for _, m := range r.Mirrors {
+		fmt.Fprintf(&s, "  mirror %d/%d to %s\n", m.Numerator, m.Denominator, m.Cluster)
+	}
+	return s.String()
 }

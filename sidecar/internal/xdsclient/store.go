@@ -214,6 +214,9 @@ func refs(c *route.Config) []string {
 				out = append(out, w.Cluster)
 			}
 		}
+		for _, m := range c.Routes[i].Mirrors {
+			out = append(out, m.Cluster)
+		}
 	}
 	slices.Sort(out)
 	return slices.Compact(out)
