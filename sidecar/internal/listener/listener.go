@@ -194,3 +194,15 @@ func (g *Group) Drain(ctx context.Context) (forced int) {
 	<-done
 	return forced
 }
+
+// Go runs f in a goroutine that Drain waits for, as it does for connections. It
+// reports whether it did: not where the group drains.
+func (g *Group) Go(f func()) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining.Load() {
+		return false
+	}
+	g.wg.Go(f)
+	return true
+}

@@ -255,6 +255,5 @@ func (x *exchange) attemptHeader() {
 	if n > 0 && x.edit.Set[n-1].Name == "x-outrigger-attempt" {
 		n--
 	}
-	x.pairs[n] = http1.Pair{Name: "x-outrigger-attempt", Value: strconv.AppendInt(x.attempt[:0], int64(x.attempts), 10)}
-	x.edit.Set = x.pairs[:n+1]
+	x.edit.Set = append(x.edit.Set[:n], http1.Pair{Name: "x-outrigger-attempt", Value: strconv.AppendInt(x.attempt[:0], int64(x.attempts), 10)})
 }

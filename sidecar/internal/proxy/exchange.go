@@ -46,6 +46,7 @@ type exchange struct {
 	table   *table.Table
 	dest    *table.Destination
 	route   *route.Route
+	backend *route.Weighted // of the route
 	cluster *upstream.Cluster
 	held    bool // a request of the cluster's limit
 	tried   []*upstream.Endpoint
@@ -62,6 +63,8 @@ type exchange struct {
 	flags      accesslog.Flags
 	upstream   string
 	rejected   string // policy that rejected, or would have
+	denied     string // authorization policy that denied
+	observed   string // what one in Observe mode would have denied it for
 	detail     string
 	attempts   int
 	bytesOut   int64
@@ -74,6 +77,7 @@ type caller struct {
 	source   string // address
 	identity string // SPIFFE ID that mutual TLS has proved; empty in clear
 	account  string // its <namespace>/<service account>, for metrics
+	port     uint16 // of the application that it called; 0 on ambassador ports
 	proof    []byte // what the application is told of it
 }
 
@@ -100,6 +104,7 @@ func (x *exchange) begin() {
 	x.bodyDone, x.replayable, x.pumped = true, true, 0
 	x.grpc, x.grpcStatus = false, retry.NoGRPC
 	x.status, x.flags, x.upstream, x.rejected, x.detail = 0, 0, "", "", ""
+	x.denied, x.observed = "", ""
 	x.attempts, x.bytesOut, x.answered, x.mustClose = 0, 0, false, false
 	x.trace = telemetry.TraceContext{}
 }
@@ -109,7 +114,7 @@ func (x *exchange) begin() {
 func (x *exchange) forget() {
 	x.path, x.ctx, x.down, x.caller = nil, nil, nil, caller{}
 	x.urlPath, x.query = nil, nil
-	x.table, x.dest, x.route, x.cluster, x.held = nil, nil, nil, nil, false
+	x.table, x.dest, x.route, x.backend, x.cluster, x.held = nil, nil, nil, nil, nil, false
 	x.edit, x.pairs = http1.Edit{}, [5]http1.Pair{}
 	clear(x.tried)
 	x.lookups, x.replay, x.tried = x.lookups[:0], x.replay[:0], x.tried[:0]
@@ -129,6 +134,9 @@ func (x *exchange) run() {
 	}
 	if x.held {
 		x.cluster.ReleaseRequest()
+	}
+	if x.route != nil && len(x.route.Mirrors) > 0 {
+		x.mirror()
 	}
 	x.finish()
 }
@@ -239,14 +247,14 @@ func (x *exchange) Lookup(name string) ([]byte, bool) {
 }
 
 func (x *exchange) findCluster() bool {
-	name, ok := x.route.Pick(rand.Uint64())
-	if !ok {
+	x.backend = x.route.Choose(rand.Uint64())
+	if x.backend == nil {
 		return x.reply(500, "route "+x.route.Name+" has no backend that could be used")
 	}
-	x.cluster = x.Clusters.For(x.table, name)
+	x.cluster = x.Clusters.For(x.table, x.backend.Cluster)
 	if x.cluster == nil {
 		x.flags |= accesslog.NC
-		return x.reply(500, "route "+x.route.Name+" names "+name+", which does not exist")
+		return x.reply(500, "route "+x.route.Name+" names "+x.backend.Cluster+", which does not exist")
 	}
 	return true
 }
@@ -255,6 +263,7 @@ func (x *exchange) findApplication() bool {
 	x.table = x.path.table.Load()
 	x.dest = x.table.Destinations[x.key]
 	x.route = &x.dest.Routes.Routes[0]
+	x.backend = &x.route.Clusters[0]
 	x.cluster = x.Clusters.For(x.table, x.dest.Cluster)
 	x.held = true
 	x.cluster.AcquireRequest()
@@ -351,7 +360,7 @@ func (x *exchange) finish() {
 		Start: x.start, Duration: d, Direction: x.direction(), Protocol: logged[m.Protocol],
 		Method: x.req.Method, Path: x.urlPath, Host: x.req.Host, UserAgent: x.req.Get("user-agent"), RequestID: x.req.Get("x-request-id"),
 		Status: x.status, GRPCStatus: int8(x.grpcStatus), Flags: x.flags, Destination: x.key, Upstream: x.upstream, Source: x.source, Attempts: x.attempts,
-		BytesIn: int64(len(x.replay)) + x.pumped, BytesOut: x.bytesOut, Breaker: x.rejected, Detail: x.detail, PeerIdentity: x.identity,
+		BytesIn: int64(len(x.replay)) + x.pumped, BytesOut: x.bytesOut, Breaker: x.rejected, Denied: x.denied, Observed: x.observed, Detail: x.detail, PeerIdentity: x.identity,
 	}
 	if x.outbound {
 		e.PeerIdentity = x.fwd.peer

@@ -20,6 +20,7 @@ func inboundLayers() []layer {
 		{"overload", "sheds with OM before memory runs out", (*exchange).shed},
 		{"normalise", "the application sees the path that was matched", (*exchange).normalise},
 		{"provenance", "who the caller is, only mutual TLS says", (*exchange).prove},
+		{"authorise", "who may, by identity, method and path; 403 where it may not", (*exchange).authorize},
 		{"application", "the only destination of an inbound port", (*exchange).findApplication},
 		{"attempts", "one attempt: connection -> forward -> classify", (*exchange).attemptAll},
 	}

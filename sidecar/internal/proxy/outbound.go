@@ -16,7 +16,9 @@ func outboundLayers() []layer {
 		{"normalise", "one form of the path is matched, counted and forwarded", (*exchange).normalise},
 		{"destination", "what the control plane says of the service; NC where it has none", (*exchange).findDestination},
 		{"route", "the first match wins; NR where none does", (*exchange).findRoute},
+		{"redirect", "a route that leads elsewhere answers by itself", (*exchange).redirect},
 		{"cluster", "draws the backend by weight", (*exchange).findCluster},
+		{"rewrite", "path, host and header fields as the route and the backend say", (*exchange).rewrite},
 		{"requests", "the limit on requests in flight; UO beyond it", (*exchange).limitRequests},
 		// { for each attempt:
 		{"attempts", "breaker -> retry budget -> balance -> connection -> forward -> classify, again while the retry policy says so", (*exchange).attemptAll},

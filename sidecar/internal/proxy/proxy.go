@@ -13,6 +13,7 @@ package proxy
 
 import (
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
@@ -71,6 +72,8 @@ type Proxy struct {
 	Mutual   *Mutual          // nil: callers are taken in clear
 	Seen     *detect.Memory
 	Overload *overload.Monitor // nil: nothing is shed
+
+	copies atomic.Int32 // mirrored requests under way
 }
 
 // layer is one step of a path. It returns false when the request has been
