@@ -189,7 +189,7 @@ func (x *exchange) normalise() bool {
 
 func (x *exchange) findDestination() bool {
 	x.table = x.path.table.Load()
-	x.dest = x.table.Destinations[x.key]
+	x.dest = x.table.Destinations[x.asked]
 	if x.dest == nil || x.dest.Missing || x.dest.Routes == nil {
 		x.flags |= accesslog.NC
 		why := "the control plane knows no service " + x.key + ": check the name and the port"
@@ -253,9 +253,8 @@ func (x *exchange) findCluster() bool {
 
 func (x *exchange) findApplication() bool {
 	x.table = x.path.table.Load()
-	x.dest = x.table.Destinations[x.key]
-	x.route = &x.dest.Routes.Routes[0]
-	x.cluster = x.Clusters.For(x.table, x.dest.Cluster)
+	x.route = &x.app.route
+	x.cluster = x.Clusters.For(x.app.table, x.app.cluster)
 	x.held = true
 	x.cluster.AcquireRequest()
 	return true
