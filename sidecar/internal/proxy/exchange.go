@@ -77,7 +77,6 @@ type caller struct {
 	source   string // address
 	identity string // SPIFFE ID that mutual TLS has proved; empty in clear
 	account  string // its <namespace>/<service account>, for metrics
-	port     uint16 // of the application that it called; 0 on ambassador ports
 	proof    []byte // what the application is told of it
 }
 
@@ -197,7 +196,7 @@ func (x *exchange) normalise() bool {
 
 func (x *exchange) findDestination() bool {
 	x.table = x.path.table.Load()
-	x.dest = x.table.Destinations[x.key]
+	x.dest = x.table.Destinations[x.asked]
 	if x.dest == nil || x.dest.Missing || x.dest.Routes == nil {
 		x.flags |= accesslog.NC
 		why := "the control plane knows no service " + x.key + ": check the name and the port"
@@ -261,10 +260,9 @@ func (x *exchange) findCluster() bool {
 
 func (x *exchange) findApplication() bool {
 	x.table = x.path.table.Load()
-	x.dest = x.table.Destinations[x.key]
-	x.route = &x.dest.Routes.Routes[0]
+	x.route = &x.app.route
 	x.backend = &x.route.Clusters[0]
-	x.cluster = x.Clusters.For(x.table, x.dest.Cluster)
+	x.cluster = x.Clusters.For(x.app.table, x.app.cluster)
 	x.held = true
 	x.cluster.AcquireRequest()
 	return true

@@ -89,17 +89,24 @@ func (x *exchange) authorize() bool {
 }
 
 // authorized asks the same for a connection that is carried as bytes. The reason
-// is empty where it may be.
-func (p *Proxy) authorized(c *caller) (reason, policy, observed string) {
+// is not empty where it may not be.
+func (p *path) authorized(c *caller) (reason string) {
+	if p.port == 0 {
+		return ""
+	}
 	in := p.Table.Load().Inbound
 	if in == nil {
-		return "the control plane has not said who may call", "", ""
+		return "the control plane has not said who may call"
 	}
-	d := in.Port(c.port).BytesAuthorization.Decide(&authz.Request{Principal: c.identity})
-	if d.Denied {
-		return d.Reason + c.asWhom(), d.Policy, d.Observed
+	d := in.Port(p.port).BytesAuthorization.Decide(&authz.Request{Principal: c.identity})
+	if d.Observed != "" {
+		p.Metrics.Rejected(p.key, d.ObservedPolicy, "authorization", true)
 	}
-	return "", "", d.Observed
+	if !d.Denied {
+		return ""
+	}
+	p.Metrics.Rejected(p.key, d.Policy, "authorization", false)
+	return d.Reason + c.asWhom()
 }
 
 // judged counts what was denied, or would have been.
