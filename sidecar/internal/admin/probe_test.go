@@ -68,7 +68,12 @@ func TestProbesDoWhatKubeletWouldDo(t *testing.T) {
 	grpc_health_v1.RegisterHealthServer(g, states)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()
-	defer func() { g.Stop(); <-served }()
+	defer func() {
+		g.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}()
 
 	http1, https, rpc := portOf(t, plain.URL), portOf(t, secure.URL), portOf(t, l.Addr().String())
 	at := func(path string) bootstrap.Probe {
