@@ -84,16 +84,18 @@ type Authorization struct {
 // AuthorizationRule matches when every list that is not empty has an item that
 // matches. The zero value matches everything.
 type AuthorizationRule struct {
-	// Name is the rule's, or its index.
+	// Name is the rule's, or its index; where one rule of the policy became several,
+	// a slash and a number follow. No two of an Authorization are equal.
 	Name string
 	// Principals are SPIFFE IDs; one that ends in "*" is a prefix. "*" is any
 	// proven identity. Only mutual TLS proves one.
 	Principals []string
 	// NotPrincipals: none of these.
 	NotPrincipals []string
-	// Methods and Paths are those of a request. On a port whose bytes are no
-	// requests, a rule that has any matches where its Action is Deny and does not
-	// where it is Allow.
+	// Methods and Paths are those of a request. A Prefix is of the bytes here, not
+	// of path elements: /api matches /apix. On a port whose bytes are no requests, a
+	// rule that has any matches where its Action is Deny and does not where it is
+	// Allow.
 	Methods []string
 	Paths   []PathMatch
 }

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 )
 
 // dump writes a mesh so that people can read it and diffs are small. What has
@@ -69,7 +70,61 @@ func dump(m *mesh.Mesh) string {
 			}
 		}
 	}
+	for _, in := range m.Instances {
+		line(0, "instance %s/%s %s workload=%s account=%s mtls=%s", in.Namespace, in.Name, join(in.Addresses), in.Workload, in.ServiceAccount, in.MTLS)
+		for _, p := range in.Ports {
+			line(1, "port %d %s", p.Number, p.Protocol)
+		}
+		for _, a := range in.Authorizations {
+			line(1, "%s by %s%s%s", strings.ToLower(string(a.Action)), a.Policy, when(a.Observe, " observe"), option(" ports ", join(a.Ports)))
+			for _, r := range a.Rules {
+				line(2, "rule %s%s%s%s%s", r.Name, option(" from ", strings.Join(r.Principals, ",")), option(" not from ", strings.Join(r.NotPrincipals, ",")),
+					option(" methods ", strings.Join(r.Methods, ",")), option(" paths ", paths(r.Paths)))
+			}
+		}
+	}
 	return w.String()
+}
+
+func paths(in []mesh.PathMatch) string {
+	var out []string
+	for _, p := range in {
+		out = append(out, string(p.Kind)+" "+p.Value)
+	}
+	return strings.Join(out, ",")
+}
+
+// dumpStatus writes an entry a line, and below it what is not as it should be.
+func dumpStatus(in []translate.Status) string {
+	var w strings.Builder
+	for _, s := range in {
+		ref := s.Ref
+		fmt.Fprintf(&w, "%s %s/%s on %s %s%s%s%s:", s.Kind, s.Namespace, s.Name, deref(ref.Kind), when(ref.Namespace != nil, string(deref(ref.Namespace))+"/"), ref.Name,
+			option(" section ", string(deref(ref.SectionName))), when(ref.Port != nil, fmt.Sprint(" port ", deref(ref.Port))))
+		for _, c := range s.Conditions {
+			fmt.Fprintf(&w, " %s=%s", c.Type, c.Status)
+			if c.Reason != c.Type {
+				fmt.Fprintf(&w, "(%s)", c.Reason)
+			}
+			if c.ObservedGeneration != s.Generation {
+				fmt.Fprintf(&w, " of generation %d, not %d", c.ObservedGeneration, s.Generation)
+			}
+		}
+		fmt.Fprintf(&w, "%s%s\n", option(" keys ", strings.Join(s.Keys, ",")), option(" instances ", strings.Join(s.Instances, ",")))
+		for _, c := range s.Conditions {
+			if c.Message != "" {
+				fmt.Fprintf(&w, "  %s: %s\n", c.Type, strings.ReplaceAll(c.Message, "\n", "\n    "))
+			}
+		}
+	}
+	return w.String()
+}
+
+func deref[T any](p *T) T {
+	if p == nil {
+		return *new(T)
+	}
+	return *p
 }
 
 func match(m mesh.Match) string {

@@ -172,7 +172,7 @@ func (b *builder) rules(r *report, obj *gatewayv1.HTTPRoute) []rule {
 		rl.matches = matches(r, field, spec.Matches)
 
 		// The rule's own report tells an invalid action from what came before.
-		action := &report{b: b, at: r.at}
+		action := r.part()
 		b.action(action, field, obj, spec, &rl)
 		if action.bad {
 			rl.backends, rl.retry, rl.timeout, rl.perTry = nil, nil, 0, 0
@@ -211,7 +211,7 @@ func (b *builder) action(r *report, field string, obj *gatewayv1.HTTPRoute, spec
 // one of the whole rule: it keeps its share, which is answered 500.
 func (b *builder) backend(rule *report, field, namespace string, ref *gatewayv1.HTTPBackendRef) mesh.Backend {
 	const consequence = "; until then its share of the requests is answered 500"
-	r := &report{b: b, at: rule.at}
+	r := rule.part()
 	out := b.backendRef(rule, r, field, namespace, &ref.BackendRef, consequence)
 	if p := b.backendPort(out); p != nil && (p.declared == mesh.TCP || p.declared == mesh.TLS) {
 		r.add(field+".port", ReasonUnsupportedProtocol, "port %s of Service %s %s, not HTTP; name an HTTP port"+consequence, p.describe(), p.service.key, p.speaks())
@@ -300,7 +300,7 @@ func matches(r *report, field string, in []gatewayv1.HTTPRouteMatch) []mesh.Matc
 	}
 	var out []mesh.Match
 	for i := range in {
-		m := &report{b: r.b, at: r.at}
+		m := r.part()
 		if match := newMatch(m, at(field+".matches", i), &in[i]); !m.bad {
 			out = append(out, match)
 		}
@@ -389,12 +389,12 @@ func isToken(s string) bool {
 
 func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMatch {
 	kind, value := deref(in.Type, gatewayv1.PathMatchPathPrefix), deref(in.Value, "/")
-	if len(value) > maxPath {
-		r.add(field+".value", ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
-		return mesh.PathMatch{}
-	}
 	switch kind {
 	case gatewayv1.PathMatchRegularExpression:
+		if len(value) > maxPath {
+			r.add(field+".value", ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
+			return mesh.PathMatch{}
+		}
 		if _, err := regexp.Compile(value); err != nil {
 			r.add(field+".value", ReasonInvalid, "%q is not an expression of RE2: %s", value, err)
 		}
@@ -404,18 +404,7 @@ func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMa
 		r.add(field+".type", ReasonInvalid, "%q is not a type of match; write Exact, PathPrefix or RegularExpression", kind)
 		return mesh.PathMatch{}
 	}
-	if !strings.HasPrefix(value, "/") {
-		r.add(field+".value", ReasonInvalid, "%q is not a path; begin it with /", value)
-		return mesh.PathMatch{}
-	}
-	for _, bad := range []string{"//", "/./", "/../", "%2f", "%2F", "#", "?"} {
-		if strings.Contains(value, bad) {
-			r.add(field+".value", ReasonInvalid, "%q contains %q, which no normalised path does; remove it", value, bad)
-			return mesh.PathMatch{}
-		}
-	}
-	if strings.HasSuffix(value, "/.") || strings.HasSuffix(value, "/..") {
-		r.add(field+".value", ReasonInvalid, "%q ends in a dot segment, which no normalised path does; remove it", value)
+	if !normalPath(r, field+".value", value, false) {
 		return mesh.PathMatch{}
 	}
 	if kind == gatewayv1.PathMatchExact {
@@ -427,4 +416,29 @@ func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMa
 		return mesh.PathMatch{}
 	}
 	return mesh.PathMatch{Kind: mesh.Prefix, Value: value}
+}
+
+// normalPath says whether a request may have the path, or one that begins so. A
+// proxy normalises paths once and matches what comes of it: another value would
+// never match.
+func normalPath(r *report, field, value string, begins bool) bool {
+	if len(value) > maxPath {
+		r.add(field, ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
+		return false
+	}
+	if !strings.HasPrefix(value, "/") {
+		r.add(field, ReasonInvalid, "%q is not a path; begin it with /", value)
+		return false
+	}
+	for _, bad := range []string{"//", "/./", "/../", "%2f", "%2F", "#", "?"} {
+		if strings.Contains(value, bad) {
+			r.add(field, ReasonInvalid, "%q contains %q, which no normalised path does; remove it", value, bad)
+			return false
+		}
+	}
+	if !begins && (strings.HasSuffix(value, "/.") || strings.HasSuffix(value, "/..")) {
+		r.add(field, ReasonInvalid, "%q ends in a dot segment, which no normalised path does; remove it", value)
+		return false
+	}
+	return true
 }

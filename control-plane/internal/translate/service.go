@@ -31,6 +31,8 @@ type port struct {
 	// declared is the protocol that the Service says. A route may turn a port of
 	// unknown protocol into what it is for; decisions on that look at this.
 	declared mesh.Protocol
+	// leaving are the endpoints that serve until they have ended.
+	leaving []netip.AddrPort
 	// attached says that some HTTPRoute is attached, so that there is no
 	// implicit route. Of TLSRoutes OnlyServerNames says it.
 	attached bool
@@ -104,7 +106,7 @@ func (b *builder) addServices(in []*corev1.Service) {
 	for _, obj := range in {
 		r := b.on(kindService, obj)
 		if obj.Spec.Type == corev1.ServiceTypeExternalName {
-			r.add("spec.type", ReasonUnsupported,
+			r.remark("spec.type", ReasonUnsupported,
 				"ExternalName is not supported: calls to %q leave the mesh; use a Service without selector and an EndpointSlice", obj.Spec.ExternalName)
 			continue
 		}

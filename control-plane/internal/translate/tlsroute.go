@@ -120,10 +120,10 @@ func (b *builder) tlsRule(r *report, obj *gatewayv1.TLSRoute) []mesh.Backend {
 		r.add(field, ReasonInvalid, "%d backends; write 1 to %d, until then connections for its host names are refused", n, maxBackends)
 		return nil
 	}
-	rule := &report{b: b, at: r.at}
+	rule := r.part()
 	var out []mesh.Backend
 	for j := range refs {
-		one := &report{b: b, at: r.at}
+		one := r.part()
 		backend := b.backendRef(rule, one, at(field, j), obj.Namespace, &refs[j], consequence)
 		if p := b.backendPort(backend); p != nil && p.declared.IsHTTP() {
 			one.add(at(field, j)+".port", ReasonUnsupportedProtocol, "port %s of Service %s %s, not TLS; name a TLS port"+consequence, p.describe(), p.service.key, p.speaks())
