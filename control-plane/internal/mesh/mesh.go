@@ -194,10 +194,12 @@ type Consumer struct {
 
 // Route sends the requests that its Match describes to its Backends.
 type Route struct {
-	// Name is <namespace>/<HTTPRoute>/<rule name or index>, or "default".
+	// Name is <namespace>/<HTTPRoute or GRPCRoute>/<rule name or index>, or
+	// "default". A rule with several matches makes several routes of one name.
 	Name  string
 	Match Match
-	// Backends with weights. None, or a sum of zero: 500 (Gateway API).
+	// Backends with weights. None, or a sum of zero: 500 (Gateway API), unless
+	// Filters redirect.
 	Backends []Backend
 	// Filters of the rule; nil where it has none. Those of a backend are in Backend.
 	Filters *Filters
@@ -238,7 +240,9 @@ type HeaderChange struct {
 // Header is one field.
 type Header struct{ Name, Value string }
 
-// Redirect answers with Location. What is empty stays as the request has it.
+// Redirect answers with Location. What is empty stays as the request has it, but
+// for the port where there is a Scheme: it is the scheme's own then. One that is
+// the scheme's own is not written (Gateway API, HTTPRequestRedirectFilter.port).
 type Redirect struct {
 	Scheme string
 	Host   string
@@ -254,7 +258,7 @@ type Rewrite struct {
 }
 
 // PathChange replaces the whole path, or the prefix that the route's Match
-// matched; never both.
+// matched; never both. Neither value is empty.
 type PathChange struct {
 	Full          *string
 	ReplacePrefix *string

@@ -29,15 +29,10 @@ func dump(m *mesh.Mesh) string {
 			for _, id := range p.Identities {
 				line(2, "identity %s", id)
 			}
-			for _, r := range p.Routes {
-				line(2, "route %s: %s", r.Name, match(r.Match))
-				for _, b := range r.Backends {
-					line(3, "to %s weight %d%s", mesh.Key(b.Namespace, b.Service, b.Port), b.Weight, when(b.Missing, " missing"))
-				}
-				if r.Timeout != 0 {
-					line(3, "timeout %s", r.Timeout)
-				}
-				line(3, "%s", retry(r.Retry))
+			dumpRoutes(line, 2, p.Routes)
+			for _, c := range p.Consumers {
+				line(2, "for callers of %s", c.Namespace)
+				dumpRoutes(line, 3, c.Routes)
 			}
 			for _, n := range p.ServerNames {
 				line(2, "server name %s of %s", n.Name, n.Route)
@@ -84,6 +79,64 @@ func dump(m *mesh.Mesh) string {
 		}
 	}
 	return w.String()
+}
+
+func dumpRoutes(line func(int, string, ...any), depth int, in []mesh.Route) {
+	for _, r := range in {
+		line(depth, "route %s: %s", r.Name, match(r.Match))
+		dumpFilters(line, depth+1, r.Filters)
+		for _, b := range r.Backends {
+			line(depth+1, "to %s weight %d%s", mesh.Key(b.Namespace, b.Service, b.Port), b.Weight, when(b.Missing, " missing"))
+			dumpFilters(line, depth+2, b.Filters)
+		}
+		if r.Timeout != 0 {
+			line(depth+1, "timeout %s", r.Timeout)
+		}
+		if s := retry(r.Retry); s != retryDefault {
+			line(depth+1, "%s", s)
+		}
+	}
+}
+
+// retryDefault is not worth a line below each route.
+const retryDefault = "retry default attempts=2 on connect-failure,refused-stream,reset-before-request idempotent gateway-error,reset backoff=25ms..250ms"
+
+func dumpFilters(line func(int, string, ...any), depth int, f *mesh.Filters) {
+	if f == nil {
+		return
+	}
+	change := func(what string, c mesh.HeaderChange) {
+		for _, h := range c.Set {
+			line(depth, "%s set %s: %s", what, h.Name, h.Value)
+		}
+		for _, h := range c.Add {
+			line(depth, "%s add %s: %s", what, h.Name, h.Value)
+		}
+		if len(c.Remove) > 0 {
+			line(depth, "%s remove %s", what, strings.Join(c.Remove, ","))
+		}
+	}
+	path := func(p *mesh.PathChange) string {
+		switch {
+		case p == nil:
+			return ""
+		case p.Full != nil:
+			return " path " + *p.Full
+		default:
+			return " prefix by " + deref(p.ReplacePrefix)
+		}
+	}
+	change("request", f.Request)
+	change("response", f.Response)
+	if r := f.Redirect; r != nil {
+		line(depth, "redirect %d%s%s%s%s", r.Status, option(" scheme ", r.Scheme), option(" host ", r.Host), when(r.Port > 0, fmt.Sprint(" port ", r.Port)), path(r.Path))
+	}
+	if r := f.Rewrite; r != nil {
+		line(depth, "rewrite%s%s", option(" host ", r.Host), path(r.Path))
+	}
+	for _, m := range f.Mirrors {
+		line(depth, "mirror %d/%d to %s", m.Numerator, m.Denominator, mesh.Key(m.Backend.Namespace, m.Backend.Service, m.Backend.Port))
+	}
 }
 
 func paths(in []mesh.PathMatch) string {

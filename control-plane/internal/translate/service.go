@@ -33,9 +33,8 @@ type port struct {
 	declared mesh.Protocol
 	// leaving are the endpoints that serve until they have ended.
 	leaving []netip.AddrPort
-	// attached says that some HTTPRoute is attached, so that there is no
-	// implicit route. Of TLSRoutes OnlyServerNames says it.
-	attached bool
+	// consumers are the namespaces that have routes of their own.
+	consumers []string
 }
 
 func (s *service) model() mesh.Service {
@@ -106,6 +105,7 @@ func (b *builder) addServices(in []*corev1.Service) {
 	for _, obj := range in {
 		r := b.on(kindService, obj)
 		if obj.Spec.Type == corev1.ServiceTypeExternalName {
+			b.external[keyOf(obj)] = true
 			r.remark("spec.type", ReasonUnsupported,
 				"ExternalName is not supported: calls to %q leave the mesh; use a Service without selector and an EndpointSlice", obj.Spec.ExternalName)
 			continue

@@ -78,8 +78,12 @@ func sameRef(a, b gatewayv1.ParentReference) bool {
 	return same && deref(a.Port, 0) == deref(b.Port, 0)
 }
 
-// maxSaid is how many problems a message repeats.
-const maxSaid = 4
+// A message repeats so many problems, and has so many bytes. Kubernetes takes
+// 32 KiB, but people read it, and an object may have 16 of them.
+const (
+	maxSaid    = 4
+	maxMessage = 4096
+)
 
 // condition is true where there are no problems; else it has the reason of the
 // first, in the words that the kind has for it, and says all.
@@ -99,9 +103,11 @@ func condition[T, R ~string](kind T, reason R, problems []Problem, words func(Re
 		}
 		said = append(said, text)
 	}
-	return metav1.Condition{
-		Type: string(kind), Status: metav1.ConditionFalse, Reason: words(problems[0].Reason), Message: strings.Join(said, "\n"),
+	message := strings.Join(said, "\n")
+	if len(message) > maxMessage {
+		message = strings.ToValidUTF8(message[:maxMessage], "") + "..."
 	}
+	return metav1.Condition{Type: string(kind), Status: metav1.ConditionFalse, Reason: words(problems[0].Reason), Message: message}
 }
 
 // about returns the problems of the i-th entry of a list of references, and those
@@ -110,12 +116,15 @@ func about(problems []Problem, list string, i int) []Problem {
 	var out []Problem
 	entry := at(list, i)
 	for _, p := range problems {
-		if !strings.HasPrefix(p.Field, list+"[") || p.Field == entry || strings.HasPrefix(p.Field, entry+".") {
+		if !inList(p, list) || p.Field == entry || strings.HasPrefix(p.Field, entry+".") {
 			out = append(out, p)
 		}
 	}
 	return out
 }
+
+// inList says whether the problem is one of an entry of the list.
+func inList(p Problem, list string) bool { return strings.HasPrefix(p.Field, list+"[") }
 
 // policyStatus adds the entries of a policy, one a target.
 func (b *builder) policyStatus(r *report, o metav1.Object, refs []gatewayv1.LocalPolicyTargetReferenceWithSectionName, concerned func(i int) (keys, instances []string)) {

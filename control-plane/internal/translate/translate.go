@@ -64,7 +64,8 @@ type Options struct {
 func Build(in Objects, opts Options) (*mesh.Mesh, []Problem, []Status) {
 	b := builder{
 		trustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain),
-		services:    map[key]*service{}, routes: map[key]*gatewayv1.HTTPRoute{},
+		services:    map[key]*service{}, external: map[key]bool{}, grants: map[string][]*gatewayv1.ReferenceGrant{},
+		routes: map[key]*gatewayv1.HTTPRoute{}, routed: map[*port]bool{}, attached: map[scope]string{},
 		modes: map[string]mesh.MTLS{}, pods: map[key]*pod{}, podsIn: map[string][]*pod{},
 	}
 
@@ -81,9 +82,17 @@ func Build(in Objects, opts Options) (*mesh.Mesh, []Problem, []Status) {
 	routes := ordered(&b, kindHTTPRoute, in.HTTPRoutes)
 	for _, r := range routes {
 		b.routes[keyOf(r)] = r
+		b.findRouted(r.Namespace, r.Spec.ParentRefs, forHTTP())
+	}
+	grpcRoutes := ordered(&b, kindGRPCRoute, in.GRPCRoutes)
+	for _, r := range grpcRoutes {
+		b.findRouted(r.Namespace, r.Spec.ParentRefs, forGRPC())
+	}
+	for _, g := range ordered(&b, kindReferenceGrant, in.ReferenceGrants) {
+		b.grants[g.Namespace] = append(b.grants[g.Namespace], g)
 	}
 	retries := b.retryPolicies(ordered(&b, kindRetryPolicy, in.RetryPolicies))
-	b.addRoutes(routes, retries)
+	b.addRoutes(routes, grpcRoutes, retries)
 	b.addTLSRoutes(ordered(&b, kindTLSRoute, in.TLSRoutes))
 	b.addCircuitBreakers(ordered(&b, kindCircuitBreaker, in.CircuitBreakers))
 
@@ -103,6 +112,8 @@ const (
 	kindService             = "Service"
 	kindEndpointSlice       = "EndpointSlice"
 	kindHTTPRoute           = "HTTPRoute"
+	kindGRPCRoute           = "GRPCRoute"
+	kindReferenceGrant      = "ReferenceGrant"
 	kindTLSRoute            = "TLSRoute"
 	kindWorkload            = "Workload"
 	kindCircuitBreaker      = "CircuitBreaker"
@@ -118,9 +129,16 @@ type builder struct {
 	pods     map[key]*pod
 	podsIn   map[string][]*pod // by namespace
 	services map[key]*service
+	external map[key]bool // Services of type ExternalName
+	grants   map[string][]*gatewayv1.ReferenceGrant
 	// routes are all HTTPRoutes, whether or not they are attached to a Service:
 	// policies name them.
-	routes   map[key]*gatewayv1.HTTPRoute
+	routes map[key]*gatewayv1.HTTPRoute
+	// routed are the ports that some route of HTTP or gRPC names.
+	routed map[*port]bool
+	// attached is which kind of route has a scope. Where none has, there is the
+	// implicit route; of TLSRoutes OnlyServerNames says it.
+	attached map[scope]string
 	problems []Problem
 	statuses []Status
 }
