@@ -154,20 +154,17 @@ func excludedPorts(r *report, obj *corev1.Pod) []uint16 {
 // added theirs already; a Service that selects a pod leads to it before any
 // EndpointSlice says so.
 func (b *builder) addLeads() {
-	selecting := map[string][]*service{}
-	for _, s := range b.services {
-		if len(s.obj.Spec.Selector) > 0 {
-			selecting[s.namespace] = append(selecting[s.namespace], s)
-		}
-	}
+	selecting := b.byLabel()
 	for _, pd := range b.pods {
-		for _, s := range selecting[pd.namespace] {
-			if !selects(s.obj.Spec.Selector, pd.obj.Labels, nil) {
-				continue
-			}
-			for _, p := range s.ports {
-				if n, ok := podPort(p, pd.obj); ok {
-					pd.leads = append(pd.leads, lead{n, p})
+		for name, value := range pd.obj.Labels {
+			for _, s := range selecting[label{pd.namespace, name, value}] {
+				if !selects(s.obj.Spec.Selector, pd.obj.Labels, nil) {
+					continue
+				}
+				for _, p := range s.ports {
+					if n, ok := podPort(p, pd.obj); ok {
+						pd.leads = append(pd.leads, lead{n, p})
+					}
 				}
 			}
 		}
@@ -180,6 +177,34 @@ func (b *builder) addLeads() {
 		})
 		pd.leads = slices.Compact(pd.leads)
 	}
+}
+
+// label is one of a pod, in a namespace.
+type label struct{ namespace, name, value string }
+
+// byLabel has each Service that selects under the label of its selector that the
+// fewest others have: pods look at those of their labels only, however many
+// Services a namespace has.
+func (b *builder) byLabel() map[label][]*service {
+	uses := map[label]int{}
+	for _, s := range b.services {
+		for name, value := range s.obj.Spec.Selector {
+			uses[label{s.namespace, name, value}]++
+		}
+	}
+	out := map[label][]*service{}
+	for _, s := range b.services {
+		var rarest label
+		for name, value := range s.obj.Spec.Selector {
+			if l := (label{s.namespace, name, value}); uses[rarest] == 0 || uses[l] < uses[rarest] {
+				rarest = l
+			}
+		}
+		if uses[rarest] > 0 {
+			out[rarest] = append(out[rarest], s)
+		}
+	}
+	return out
 }
 
 // podPort is where the pod serves the port of the Service. A name that no
