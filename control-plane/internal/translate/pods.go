@@ -15,14 +15,13 @@ import (
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
 )
 
-// What a pod says of its proxy. The injector writes the first two.
+// What pods and namespaces say of proxies.
 const (
-	annotationStatus = "outrigger.dev/status"
-	statusInjected   = "injected"
-	proxyContainer   = "outrigger-proxy"
+	annotationStatus = "outrigger.dev/status" // injected, by the injector: the pod has a proxy, if the container is there
+	keyMTLS          = "outrigger.dev/mtls"   // off, permissive or strict: what pods ask of those who call; annotation of a pod, else label of its namespace
 
-	// keyMTLS is an annotation of pods and a label of namespaces.
-	keyMTLS = "outrigger.dev/mtls"
+	statusInjected = "injected"
+	proxyContainer = "outrigger-proxy"
 )
 
 // excludeAnnotations list ports at which a pod is not captured: what comes in

@@ -126,10 +126,11 @@ func about(problems []Problem, list string, i int) []Problem {
 // inList says whether the problem is one of an entry of the list.
 func inList(p Problem, list string) bool { return strings.HasPrefix(p.Field, list+"[") }
 
-// policyStatus adds the entries of a policy, one a target.
+// policyStatus adds the entries of a policy, one a target. There is room for as
+// many as a valid policy has (GEP-713).
 func (b *builder) policyStatus(r *report, o metav1.Object, refs []gatewayv1.LocalPolicyTargetReferenceWithSectionName, concerned func(i int) (keys, instances []string)) {
 	st := statusOf(r, o)
-	for i, t := range refs {
+	for i, t := range refs[:min(len(refs), maxTargetRefs)] {
 		ns := gatewayv1.Namespace(o.GetNamespace())
 		ref := gatewayv1.ParentReference{Group: &t.Group, Kind: &t.Kind, Name: t.Name, SectionName: t.SectionName}
 		if t.Group != "" || t.Kind != kindNamespace {
