@@ -14,7 +14,6 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
-	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
@@ -151,9 +150,9 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 		if err != nil {
 			return nil, err
 		}
-		r.Reaches = ps.reaches
+		r.Reaches = ps.reachesFrom(n.Namespace)
 		v.Listeners[name] = r
-		for _, c := range ps.reaches {
+		for _, c := range ps.reachesFrom(n.Namespace) {
 			r := s.types[ClusterType][c]
 			if ps := s.ports[c]; ps != nil && ps.clear != nil && !n.Certificates {
 				r = ps.clear
@@ -202,21 +201,7 @@ func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 		return l
 	}
 	m := manager(l.GetName(), "")
-	m.RouteSpecifier = &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
-		Name: l.GetName(),
-		VirtualHosts: []*routev3.VirtualHost{{
-			Name: "application", Domains: []string{"*"},
-			Routes: []*routev3.Route{{
-				Name:  "default",
-				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
-				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
-					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: to},
-					// The caller's proxy keeps the time; two clocks would race.
-					Timeout: durationpb.New(0),
-				}},
-			}},
-		}},
-	}}
+	m.RouteSpecifier = &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: toApplication(l.GetName(), to)}
 	forEnvoy(m, fields)
 	http := chain(filterHCM, m)
 	if in.Protocol == "auto" {

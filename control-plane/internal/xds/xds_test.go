@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"maps"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
@@ -72,18 +74,27 @@ func TestGolden(t *testing.T) {
 			c.Want(string(set.DataPlane)+".json", indent(t, d))
 		}
 		var notes strings.Builder
+		write := func(ns []xds.ParityNote) {
+			for _, n := range ns {
+				if n.DataPlane == xds.Outrigger && n.Support == xds.Honoured {
+					continue
+				}
+				notes.WriteString(n.Field + " | " + string(n.DataPlane) + " | " + string(n.Support) + " | " + n.Detail + "\n")
+			}
+		}
 		for _, s := range m.Services {
 			for _, p := range s.Ports {
 				ns := append(xds.BreakerParity(p.Breaker), xds.MTLSParity(p)...)
 				for _, r := range p.Routes {
 					ns = append(ns, xds.RetryParity(r.Retry)...)
+					ns = append(ns, xds.FilterParity(r)...)
 				}
-				for _, n := range ns {
-					if n.DataPlane == xds.Outrigger && n.Support == xds.Honoured {
-						continue
-					}
-					notes.WriteString(n.Field + " | " + string(n.DataPlane) + " | " + string(n.Support) + " | " + n.Detail + "\n")
-				}
+				write(ns)
+			}
+		}
+		for _, in := range m.Instances {
+			for _, a := range in.Authorizations {
+				write(xds.AuthorizationParity(a))
 			}
 		}
 		if notes.Len() > 0 {
@@ -142,6 +153,9 @@ func TestBuildTakesOverWhatDidNotChange(t *testing.T) {
 		}
 		for _, typeURL := range xds.TypeURLs() {
 			for name, r := range after.Of(typeURL) {
+				if name == "outbound/127.0.0.1:2" {
+					continue // by the address of an endpoint that is new
+				}
 				if same := before.Of(typeURL)[name] == r; same == (typeURL == xds.EndpointType) {
 					t.Errorf("%s: %s %s taken over: %v", dp, typeURL, name, same)
 				}
@@ -232,4 +246,106 @@ func FuzzParseEnvoyNode(f *testing.F) {
 			t.Fatalf("accepted, and then: %v", err)
 		}
 	})
+}
+
+// TestPathPrefixIsReplacedAsTheGatewayAPISays: the table of HTTPPathModifier, as
+// Envoy evaluates what it is told.
+func TestPathPrefixIsReplacedAsTheGatewayAPISays(t *testing.T) {
+	f := func(path, prefix, by, want string) {
+		t.Helper()
+		m := shop()
+		r := &m.Services[0].Ports[0].Routes[0]
+		r.Match.Path = mesh.PathMatch{Kind: mesh.Prefix, Value: prefix}
+		r.Filters = &mesh.Filters{Rewrite: &mesh.Rewrite{Path: &mesh.PathChange{ReplacePrefix: &by}}}
+		set, err := xds.Build(m, xds.Envoy, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var config routev3.RouteConfiguration
+		if err := set.Of(xds.RouteType)["shop/payments:80"].Any.UnmarshalTo(&config); err != nil {
+			t.Fatal(err)
+		}
+		route := config.GetVirtualHosts()[0].GetRoutes()[0]
+		matched := route.GetMatch().GetPrefix()
+		if p := route.GetMatch().GetPathSeparatedPrefix(); p != "" {
+			matched = p
+		}
+		if !strings.HasPrefix(path, matched) {
+			t.Fatalf("%s is not matched by %q", path, matched)
+		}
+		got := path
+		if p := route.GetRoute().GetPrefixRewrite(); p != "" {
+			got = p + path[len(matched):]
+		}
+		if rx := route.GetRoute().GetRegexRewrite(); rx != nil {
+			got = regexp.MustCompile(rx.GetPattern().GetRegex()).ReplaceAllLiteralString(got, rx.GetSubstitution())
+		}
+		if got != want {
+			t.Errorf("%s with %q replaced by %q: %s, want %s", path, prefix, by, got, want)
+		}
+	}
+	f("/foo/bar", "/foo", "/xyz", "/xyz/bar")
+	f("/foo/bar", "/foo", "/xyz/", "/xyz/bar")
+	f("/foo/bar", "/foo/", "/xyz", "/xyz/bar")
+	f("/foo/bar", "/foo/", "/xyz/", "/xyz/bar")
+	f("/foo", "/foo", "/xyz", "/xyz")
+	f("/foo/", "/foo", "/xyz", "/xyz/")
+	f("/foo/bar", "/foo", "", "/bar")
+	f("/foo/", "/foo", "", "/")
+	f("/foo", "/foo", "", "/")
+	f("/foo/", "/foo", "/", "/")
+	f("/foo", "/foo", "/", "/")
+	f("/foo", "/", "/xyz", "/xyz/foo")
+	f("/", "/", "/xyz/", "/xyz/")
+	f("/foo", "/", "/", "/foo")
+	f("/fo.o/x", "/fo.o", "/", "/x")
+	f("/foo", "", "xyz", "/xyz/foo")
+}
+
+// A pod that did not change keeps its listener, and another does not disturb it.
+func TestBuildTakesOverPods(t *testing.T) {
+	pods := func(modes ...mesh.MTLS) *mesh.Mesh {
+		m := &mesh.Mesh{}
+		for i, mode := range modes {
+			m.Instances = append(m.Instances, mesh.Instance{Namespace: "shop", Name: "p-" + string(rune('0'+i)), MTLS: mode})
+		}
+		return m
+	}
+	before, err := xds.Build(pods(mesh.Strict, mesh.Strict), xds.Outrigger, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := xds.Build(pods(mesh.Strict, mesh.Off), xds.Outrigger, before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was, is := before.Of(xds.ListenerType), after.Of(xds.ListenerType)
+	if was["inbound/shop/p-0"] != is["inbound/shop/p-0"] || is["inbound/shop/p-0"] == nil {
+		t.Error("the listener of a pod that did not change was made again")
+	}
+	if was["inbound/shop/p-1"].Version == is["inbound/shop/p-1"].Version {
+		t.Error("the mode of a pod changed, and its listener did not")
+	}
+}
+
+// Two rules of one name must both stay: what is lost of a Deny would be allowed.
+func TestRulesOfOneNameAllStay(t *testing.T) {
+	m := &mesh.Mesh{Instances: []mesh.Instance{{Namespace: "shop", Name: "p", MTLS: mesh.Strict, Authorizations: []mesh.Authorization{{
+		Policy: "shop/a", Action: mesh.Deny, Rules: []mesh.AuthorizationRule{
+			{Name: "r", Principals: []string{"spiffe://a"}}, {Name: "r", Principals: []string{"spiffe://b"}}, {Name: "r", Principals: []string{"spiffe://a"}},
+		},
+	}}}}}
+	set, err := xds.Build(m, xds.Outrigger, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := set.Of(xds.ListenerType)["inbound/shop/p"].Any.GetValue()
+	for _, want := range []string{"spiffe://a", "spiffe://b", "shop/a[r]", "shop/a[r#2]"} {
+		if !bytes.Contains(b, []byte(want)) {
+			t.Errorf("%s is missing", want)
+		}
+	}
+	if bytes.Contains(b, []byte("shop/a[r#3]")) {
+		t.Error("a rule is there twice")
+	}
 }
