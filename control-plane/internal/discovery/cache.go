@@ -173,7 +173,7 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 	}
 	views := map[string]*xds.EnvoyView{}
 	for k, v := range c.views {
-		if views[k], err = sets[xds.Envoy].EnvoyView(v.node); err != nil {
+		if views[k], err = sets[xds.Envoy].EnvoyView(v.node, v.built); err != nil {
 			return nil, fmt.Errorf("view of an Envoy: %w", err)
 		}
 	}
@@ -663,7 +663,7 @@ func (c *configCache) hold(node xds.EnvoyNode) (err error) {
 			xds.ListenerType: {}, xds.ClusterType: {},
 		}}
 		if c.mesh != nil {
-			if v.built, err = c.planes[xds.Envoy].set.EnvoyView(node); err != nil {
+			if v.built, err = c.planes[xds.Envoy].set.EnvoyView(node, nil); err != nil {
 				return err
 			}
 			c.merge(v.all[xds.ListenerType], v.built.Listeners, true, now)

@@ -2,6 +2,7 @@ package discovery_test
 
 import (
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/discovery"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
@@ -274,5 +276,66 @@ func TestNodeOfAStreamDoesNotChange(t *testing.T) {
 	}
 	if got := s.Status(); slices.ContainsFunc(got, func(n discovery.NodeStatus) bool { return n.ID != "payments-0.shop" }) {
 		t.Errorf("status: %+v", got)
+	}
+}
+
+// An Envoy that captures gets the listeners of every Service, and that of its own
+// pod once there is one; it cannot say that it is another's.
+func TestEnvoyThatCaptures(t *testing.T) {
+	node := func(id, instance, account string) *corev3.Node {
+		n := workloadNode(t, id, "shop", account)
+		n.UserAgentName = "envoy"
+		more, err := structpb.NewStruct(map[string]any{
+			bootstrap.MetaInstance: instance, bootstrap.MetaSDS: "true", bootstrap.MetaCapture: "true", bootstrap.MetaAddresses: []any{"10.1.0.1"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		maps.Copy(n.Metadata.Fields, more.GetFields())
+		return n
+	}
+	const vip, out, in = "outbound/" + key + "|10.0.0.1:80", "outbound/0.0.0.0:15001", "inbound/0.0.0.0:15006"
+	s := newServer(discovery.Options{})
+	m := shop("127.0.0.1:9")
+	publish(t, s, m)
+	addr := start(t, s)
+	open := func(n *corev3.Node, want ...string) *deltaClient {
+		t.Helper()
+		c := newDelta(t, addr, n)
+		c.subscribe(xdsgen.ClusterType)
+		c.ack(c.expect(xdsgen.ClusterType, "inbound", "passthrough", key))
+		c.subscribe(xdsgen.EndpointType, key)
+		c.ack(c.expect(xdsgen.EndpointType, key))
+		c.subscribe(xdsgen.ListenerType)
+		c.ack(c.expect(xdsgen.ListenerType, want...))
+		return c
+	}
+	c := open(node("payments-0.shop", "payments-0", "pay"), out, vip)
+	with := *m
+	with.Instances = pods().Instances
+	publish(t, s, &with)
+	c.ack(c.expect(xdsgen.ListenerType, in))
+	waitFor(t, "applied", func() bool { return s.Applied()[1].Applied == 1 })
+	with.Instances = pods().Instances
+	with.Instances[0].MTLS = mesh.Off // another's
+	publish(t, s, &with)
+	c.quiet(50 * time.Millisecond)
+	with.Instances = pods().Instances
+	with.Instances[1].MTLS = mesh.Off
+	publish(t, s, &with)
+	c.ack(c.expect(xdsgen.ListenerType, in))
+
+	open(node("orders-0.shop", "orders-0", "pay"), out, vip)
+	refused := newDelta(t, addr, node("payments-0.shop", "orders-0", "orders"))
+	refused.subscribe(xdsgen.ListenerType)
+	select {
+	case err := <-refused.ended:
+		if grpcstatus.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "its id must be <instance>.<namespace>") {
+			t.Error(err)
+		}
+	case r := <-refused.got:
+		t.Errorf("it is answered %v", names(r))
+	case <-time.After(time.Second):
+		t.Error("the stream goes on")
 	}
 }

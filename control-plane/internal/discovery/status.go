@@ -181,6 +181,10 @@ func (t *tracker) introduce(s *stream, node *corev3.Node) error {
 			t.metrics.refused.WithLabelValues("node").Inc()
 			return grpcstatus.Errorf(codes.InvalidArgument, "node %s: %v", node.GetId(), err)
 		}
+		if n.Capture && xds.InboundListenerName(n.Namespace, n.Instance) != s.inbound {
+			t.metrics.refused.WithLabelValues("node").Inc()
+			return grpcstatus.Errorf(codes.InvalidArgument, "node %s says that it is the pod %s/%s: its id must be <instance>.<namespace>", node.GetId(), n.Namespace, n.Instance)
+		}
 		if err := t.cache.hold(n); err != nil {
 			return grpcstatus.Errorf(codes.Internal, "node %s: %v", node.GetId(), err)
 		}

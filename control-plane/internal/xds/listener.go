@@ -76,10 +76,7 @@ func listeners(svc *mesh.Service, p mesh.Port, dp DataPlane) ([]*Resource, error
 func hosts(key string, p mesh.Port, had []*Resource) ([]*Resource, error) {
 	l := &listenerv3.Listener{}
 	outbound(l, key, p, nil)
-	old := make(map[string]*Resource, len(had))
-	for _, r := range had {
-		old[r.Name] = r
-	}
+	old := byName(had)
 	out := make([]*Resource, 0, len(p.Endpoints))
 	for _, e := range p.Endpoints {
 		name := VIPListenerName(e.Address)
@@ -94,6 +91,14 @@ func hosts(key string, p mesh.Port, had []*Resource) ([]*Resource, error) {
 		out = append(out, r)
 	}
 	return out, nil
+}
+
+func byName(rs []*Resource) map[string]*Resource {
+	out := make(map[string]*Resource, len(rs))
+	for _, r := range rs {
+		out[r.Name] = r
+	}
+	return out
 }
 
 // tune adapts the filters of a listener to a data plane; one argument is nil. It

@@ -233,5 +233,9 @@ func AuthorizationParity(a mesh.Authorization) []ParityNote {
 	}
 	p.note("action", Approximated, "connections that are no requests are judged at the first byte that the caller sends, which a server that speaks first does not wait for",
 		Ignored, noProxy)
+	if slices.ContainsFunc(a.Rules, func(r mesh.AuthorizationRule) bool { return len(r.Methods)+len(r.Paths) > 0 }) {
+		p.note("rules.to", Approximated, "what comes over mutual TLS to a port of unknown protocol is carried as bytes, of which no method and no path is known: Deny matches, Allow does not",
+			Ignored, noProxy)
+	}
 	return p
 }

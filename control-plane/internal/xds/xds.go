@@ -16,8 +16,10 @@
 //	           <service>.<namespace>.svc.cluster.local:<port>   GRPC, the same
 //	           outbound/<namespace>/<service>:<port>|<address>  Envoy, by node
 //	           inbound/<address>                       Envoy, by node
+//	           outbound/0.0.0.0:15001, inbound/0.0.0.0:15006    Envoy that captures, and the same with [::]
 //	route      <namespace>/<service>:<port>
 //	cluster    <namespace>/<service>:<port>; inbound/<application address> by node
+//	           inbound, passthrough, <namespace>/<service>:<port>|direct    Envoy that captures
 //	endpoints  as the cluster
 //
 // A route may be there once more for the nodes of a namespace (Set.Overlays).
@@ -155,6 +157,7 @@ type Set struct {
 	overlays    map[string]Resources // routes, by the namespace that has them
 	ports       map[string]*portSet
 	instances   map[string]*instanceSet // by the name of the listener
+	capture     *captureSet             // Envoy only
 }
 
 // Of returns the resources of a type that all nodes share; nil for a type that
@@ -200,6 +203,8 @@ type portSet struct {
 // shape is the part of a portSet that does not depend on the endpoints.
 type shape struct {
 	listeners []*Resource
+	captured  []*Resource          // the listeners of an Envoy that captures; Envoy only
+	direct    *Resource            // its cluster for single endpoints; nil where it needs none
 	route     *Resource            // nil for ports that are not routed by request
 	overlays  map[string]*Resource // by namespace, what is there instead of route
 	cluster   *Resource
@@ -231,6 +236,12 @@ func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
 	if prev == nil || prev.DataPlane != dp {
 		prev = &Set{}
 	}
+	if s.capture = prev.capture; dp == Envoy && s.capture == nil {
+		var err error
+		if s.capture, err = buildCapture(); err != nil {
+			return nil, err
+		}
+	}
 	for i := range m.Services {
 		svc := &m.Services[i]
 		for j := range svc.Ports {
@@ -242,7 +253,9 @@ func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
 			s.add(key, ps)
 		}
 	}
-	s.addHosts()
+	if dp != Envoy { // whose listeners are in its view
+		s.addHosts()
+	}
 	if dp == GRPC {
 		return s, s.addMissing()
 	}
@@ -340,12 +353,19 @@ func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*por
 		ps.endpoints, ps.hosts = old.endpoints, old.hosts
 		return ps, nil
 	}
-	if dp == Outrigger && len(svc.VIPs) == 0 {
+	if len(svc.VIPs) == 0 {
 		var had []*Resource
 		if unchanged {
 			had = old.hosts
 		}
-		if ps.hosts, err = hosts(key, p, had); err != nil {
+		switch dp {
+		case Outrigger:
+			ps.hosts, err = hosts(key, p, had)
+		case Envoy:
+			ps.hosts, err = capturedHosts(key, p, had)
+		case GRPC:
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -376,6 +396,16 @@ func buildShape(key string, svc *mesh.Service, p mesh.Port, dp DataPlane) (*shap
 	if dp == Envoy && len(p.Identities) > 0 {
 		if s.clear, err = encode(ClusterType, key, c); err != nil {
 			return nil, err
+		}
+	}
+	if dp == Envoy {
+		if s.captured, err = captured(key, svc, p); err != nil {
+			return nil, err
+		}
+		if c := directCluster(key, svc, p); c != nil {
+			if s.direct, err = encode(ClusterType, c.GetName(), c); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if dp != GRPC {

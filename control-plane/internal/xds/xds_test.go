@@ -43,7 +43,7 @@ func TestGolden(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			v, err := sets[1].EnvoyView(n)
+			v, err := sets[1].EnvoyView(n, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -52,18 +52,18 @@ func TestGolden(t *testing.T) {
 				t.Fatal(err)
 			}
 			clusters := slices.Sorted(maps.Keys(v.Clusters))
-			inbound := xds.Resources{}
+			own := xds.Resources{}
 			for name, cluster := range v.Clusters {
-				if strings.HasPrefix(name, "inbound/") {
-					inbound[name] = cluster
+				if sets[1].Of(xds.ClusterType)[name] == nil {
+					own[name] = cluster
 				}
 			}
-			dumped, err := xds.Dump(inbound)
+			dumped, err := xds.Dump(own)
 			if err != nil {
 				t.Fatal(err)
 			}
 			c.Want("envoy-node.json", indent(t, map[string]any{
-				"listeners": listeners, "clusters": clusters, "inbound clusters": dumped, "missing": v.Missing,
+				"listeners": listeners, "clusters": clusters, "own clusters": dumped, "missing": v.Missing,
 			}))
 		}
 		for _, set := range sets {
@@ -177,12 +177,12 @@ func TestEnvoyWithoutCertificate(t *testing.T) {
 	}
 	n := xds.EnvoyNode{Upstreams: []bootstrap.Upstream{{Service: "payments", Namespace: "shop", Port: 80, Listen: netip.MustParseAddrPort("127.0.0.1:4001")}}}
 	const key = "shop/payments:80"
-	without, err := set.EnvoyView(n)
+	without, err := set.EnvoyView(n, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	n.Certificates = true
-	with, err := set.EnvoyView(n)
+	with, err := set.EnvoyView(n, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,19 +222,30 @@ func TestEnvoyNodeErrorsNameTheEntry(t *testing.T) {
 	f(`{"UPSTREAMS": ["a.b:1=127.0.0.1:1"], "INBOUNDS": ["127.0.0.1:1=127.0.0.1:2"]}`, "two listeners on 127.0.0.1:1")
 	f(`{"MTLS": "Strict", "SDS": "true"}`, `MTLS is "Strict": write off, permissive or strict`)
 	f(`{"MTLS": "strict"}`, "an Envoy without a certificate can take no mutual TLS")
+	const captures = `"CAPTURE": "true", "NAMESPACE": "shop", "INSTANCE": "web-0", `
+	f(`{"CAPTURE": "true", "NAMESPACE": "shop", "SDS": "true", "ADDRESSES": ["10.0.0.1"]}`, "NAMESPACE or INSTANCE is empty")
+	f(`{`+captures+`"ADDRESSES": ["10.0.0.1"]}`, "an Envoy without a certificate can take no mutual TLS")
+	f(`{`+captures+`"SDS": "true"}`, "ADDRESSES holds 0 addresses")
+	f(`{`+captures+`"SDS": "true", "ADDRESSES": ["10.0.0.1", "fe80::1%eth0"]}`, `ADDRESSES "fe80::1%eth0"`)
+	f(`{`+captures+`"SDS": "true", "ADDRESSES": ["10.0.0.1"], "UPSTREAMS": ["a.b:1=127.0.0.1:15001"]}`, "a listener on 127.0.0.1:15001")
 	f(`{"UPSTREAMS": [`+strings.TrimSuffix(strings.Repeat(`"",`, 257), ",")+`]}`, "at most 256")
 }
 
 // Node metadata comes from the network.
 func FuzzParseEnvoyNode(f *testing.F) {
-	f.Add("payments.shop:80=127.0.0.1:4001", "http:127.0.0.1:5001=127.0.0.1:8080")
-	f.Add("a.b:1=[::1]:1", "tcp:[::1]:1=[::1]:2")
-	set, err := xds.Build(shop("127.0.0.1:1"), xds.Envoy, nil)
+	f.Add("payments.shop:80=127.0.0.1:4001", "http:127.0.0.1:5001=127.0.0.1:8080", "", "")
+	f.Add("a.b:1=[::1]:1", "tcp:[::1]:1=[::1]:2", "true", "::ffff:10.0.0.1")
+	m := shop("127.0.0.1:1")
+	m.Instances = []mesh.Instance{{Namespace: "shop", Name: "p", MTLS: mesh.Permissive}}
+	set, err := xds.Build(m, xds.Envoy, nil)
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Fuzz(func(t *testing.T, up, in string) {
-		s, err := structpb.NewStruct(map[string]any{bootstrap.MetaUpstreams: []any{up}, bootstrap.MetaInbounds: []any{in}})
+	f.Fuzz(func(t *testing.T, up, in, capture, address string) {
+		s, err := structpb.NewStruct(map[string]any{
+			bootstrap.MetaUpstreams: []any{up}, bootstrap.MetaInbounds: []any{in}, bootstrap.MetaSDS: "true", bootstrap.MetaNamespace: "shop", bootstrap.MetaInstance: "p",
+			bootstrap.MetaCapture: capture, bootstrap.MetaAddresses: []any{address},
+		})
 		if err != nil {
 			return // not UTF-8
 		}
@@ -242,7 +253,7 @@ func FuzzParseEnvoyNode(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if _, err := set.EnvoyView(n); err != nil {
+		if _, err := set.EnvoyView(n, nil); err != nil {
 			t.Fatalf("accepted, and then: %v", err)
 		}
 	})
@@ -347,5 +358,72 @@ func TestRulesOfOneNameAllStay(t *testing.T) {
 	}
 	if bytes.Contains(b, []byte("shop/a[r#3]")) {
 		t.Error("a rule is there twice")
+	}
+}
+
+// A node's view takes over what did not change, and what all nodes that capture
+// share is one resource. A pod that is another's is not told of.
+func TestEnvoyViewTakesOverWhatDidNotChange(t *testing.T) {
+	of := func(version string) *mesh.Mesh {
+		m := shop("127.0.0.1:1")
+		second := shop("127.0.0.1:2").Services[0]
+		second.Name, second.VIPs = "zip", []netip.Addr{netip.MustParseAddr("10.96.0.9")}
+		second.Ports[0].Routes[0].Name = version
+		second.Ports[0].Protocol = mesh.Protocol(version)
+		m.Services[0].VIPs = []netip.Addr{netip.MustParseAddr("10.96.0.1")}
+		m.Services = append(m.Services, second)
+		m.Instances = []mesh.Instance{{Namespace: "shop", Name: "web-0", ServiceAccount: "web", MTLS: mesh.Strict}}
+		return m
+	}
+	n := xds.EnvoyNode{
+		Namespace: "shop", Workload: "web", Instance: "web-0", ServiceAccount: "web", Certificates: true, Capture: true, Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.1")},
+		Upstreams: []bootstrap.Upstream{{Service: "payments", Namespace: "shop", Port: 80, Listen: netip.MustParseAddrPort("127.0.0.1:4001")}},
+		Inbounds:  []bootstrap.Inbound{{Protocol: "http", Listen: netip.MustParseAddrPort("127.0.0.1:5001"), Forward: netip.MustParseAddrPort("127.0.0.1:5002")}},
+	}
+	one, err := xds.Build(of("http"), xds.Envoy, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := one.EnvoyView(n, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, err := xds.Build(of("tcp"), xds.Envoy, one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := two.EnvoyView(n, before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh, err := two.EnvoyView(n, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !after.Equal(fresh) || after.Equal(before) {
+		t.Error("the view is not what it would be if made anew")
+	}
+	const changed = "outbound/shop/zip:80|10.96.0.9:80"
+	if len(after.Listeners) != 6 {
+		t.Errorf("listeners: %v", slices.Sorted(maps.Keys(after.Listeners)))
+	}
+	for name, l := range after.Listeners {
+		if same := before.Listeners[name] == l; same == (name == changed) {
+			t.Errorf("%s taken over: %v", name, same)
+		}
+	}
+	other := n
+	other.ServiceAccount = "thief"
+	v, err := two.EnvoyView(other, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.Listeners["inbound/0.0.0.0:15006"] != nil || after.Listeners["inbound/0.0.0.0:15006"] == nil {
+		t.Error("the inbound listener of a pod is not for its service account alone")
+	}
+	for _, name := range []string{changed, "outbound/0.0.0.0:15001"} {
+		if v.Listeners[name] != after.Listeners[name] || v.Listeners[name] == nil {
+			t.Errorf("%s is made for each node", name)
+		}
 	}
 }
