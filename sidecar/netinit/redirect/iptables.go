@@ -229,7 +229,7 @@ func run(ctx context.Context, stdin, program string, args ...string) (string, er
 	case ctx.Err() != nil:
 		return "", fmt.Errorf("%s did not end within %s: %s", program, runTimeout, said)
 	case strings.Contains(said, "Permission denied") || strings.Contains(said, "you must be root"):
-		return "", fmt.Errorf("%w: %s: %w: %s; %s", ErrNotPermitted, program, err, said, remedyPermission)
+		return "", fmt.Errorf("%w: %s: %w: %s; it needs the capability NET_RAW beside NET_ADMIN where it is iptables-legacy; %s", ErrNotPermitted, program, err, said, remedyPermission)
 	case strings.Contains(said, "xtables lock"):
 		return "", fmt.Errorf("%s: %w: %s: somebody else changes rules in this namespace; run this again", program, err, said)
 	}
