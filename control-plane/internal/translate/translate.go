@@ -29,13 +29,18 @@ import (
 // keeps none of their slices or maps, so that they may come from a shared
 // cache; nobody may change them while Build runs. Nil entries are skipped.
 type Objects struct {
-	Services        []*corev1.Service
-	EndpointSlices  []*discoveryv1.EndpointSlice
-	HTTPRoutes      []*gatewayv1.HTTPRoute
-	TLSRoutes       []*gatewayv1.TLSRoute
-	Workloads       []*v1alpha1.Workload
-	CircuitBreakers []*v1alpha1.CircuitBreaker
-	RetryPolicies   []*v1alpha1.RetryPolicy
+	Services       []*corev1.Service
+	EndpointSlices []*discoveryv1.EndpointSlice
+	// Pods that have not completed; none where there is no cluster.
+	Pods                  []*corev1.Pod
+	Namespaces            []*corev1.Namespace
+	HTTPRoutes            []*gatewayv1.HTTPRoute
+	GRPCRoutes            []*gatewayv1.GRPCRoute
+	TLSRoutes             []*gatewayv1.TLSRoute
+	Workloads             []*v1alpha1.Workload
+	CircuitBreakers       []*v1alpha1.CircuitBreaker
+	RetryPolicies         []*v1alpha1.RetryPolicy
+	AuthorizationPolicies []*v1alpha1.AuthorizationPolicy
 }
 
 // Options are the settings of the mesh that no object carries.
