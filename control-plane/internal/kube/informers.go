@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/url"
 	"reflect"
 	"slices"
 	"strings"
@@ -194,7 +196,7 @@ func (s *Source) settle() {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	for _, t := range s.tables {
-		if s.needed(t) && t.state != known && t.state != absent {
+		if s.open(t) {
 			return
 		}
 	}
@@ -237,11 +239,12 @@ func (s *Source) note(of runtime.Object, err error) {
 		if reflect.TypeOf(of) != reflect.TypeOf(t.object()) {
 			continue
 		}
-		was, is := refused(t.failed), refused(err)
+		bad := func(err error) bool { return refused(err) || unreadable(err) }
+		was, is := bad(t.failed), bad(err)
 		t.failed = err
 		switch {
 		case is && !was:
-			s.c.log.Warn("a kind may not be read; what was read of it before stays in force", "outrigger.object.kind", t.gvk.Kind, "error.message", err.Error())
+			s.c.log.Warn("a kind cannot be read; what was read of it before stays in force", "outrigger.object.kind", t.gvk.Kind, "error.message", err.Error())
 			s.tell(Change{Rest: true})
 		case was && !is:
 			s.tell(Change{Rest: true})
@@ -251,6 +254,14 @@ func (s *Source) note(of runtime.Object, err error) {
 
 func refused(err error) bool { return apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) }
 
+// unreadable says that the API server answered with what cannot be decoded: that
+// neither a status says nor the network.
+func unreadable(err error) bool {
+	var network *url.Error
+	var status apierrors.APIStatus
+	return err != nil && !errors.As(err, &network) && !errors.As(err, &status) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, context.DeadlineExceeded)
+}
+
 // problems are those of the cluster. It is called with mu held.
 func (s *Source) problems() []translate.Problem {
 	var out []translate.Problem
@@ -258,12 +269,17 @@ func (s *Source) problems() []translate.Problem {
 		t := s.tables[k.gvk.Kind]
 		switch {
 		case !s.needed(t):
-		case t.state == absent && !t.optional:
+		case t.state == absent:
 			out = append(out, translate.Problem{Kind: "CustomResourceDefinition", Name: k.crd(), Reason: ReasonNotServed, Message: t.absent})
 		case refused(t.failed):
 			out = append(out, translate.Problem{
 				Kind: k.gvk.Kind, Name: "*", Reason: ReasonForbidden,
 				Message: fmt.Sprintf("cannot be read: %v; let the control plane's ClusterRole get, list and watch %s", t.failed, k.resource),
+			})
+		case unreadable(t.failed):
+			out = append(out, translate.Problem{
+				Kind: k.gvk.Kind, Name: "*", Reason: translate.ReasonInvalid,
+				Message: fmt.Sprintf("one of them is not what its CRD says, and what was read before stays in force: %v; correct or delete it", t.failed),
 			})
 		}
 	}

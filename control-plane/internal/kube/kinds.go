@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
+	"github.com/outrigger-mesh/outrigger/control-plane/api/v1alpha1"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 )
 
@@ -24,8 +25,6 @@ type kind struct {
 	cluster  bool // not in a namespace
 	// custom kinds are there where their CRD is.
 	custom bool
-	// optional ones are not missed.
-	optional bool
 	// field selects what the API server sends at all.
 	field fields.Selector
 	// mesh says that the kind is part of a mesh, so that Load returns it.
@@ -59,7 +58,7 @@ const (
 
 // kinds are all that are watched.
 func kinds() []kind {
-	core, gateway := corev1.SchemeGroupVersion, gatewayv1.SchemeGroupVersion
+	core, gateway, own := corev1.SchemeGroupVersion, gatewayv1.SchemeGroupVersion, v1alpha1.GroupVersion()
 	return []kind{
 		{
 			gvk: core.WithKind("Service"), resource: "services", mesh: true, object: func() client.Object { return &corev1.Service{} },
@@ -102,6 +101,18 @@ func kinds() []kind {
 		{
 			gvk: gateway.WithKind("TLSRoute"), resource: "tlsroutes", custom: true, mesh: true, object: func() client.Object { return &gatewayv1.TLSRoute{} },
 			trim: trim(func(*gatewayv1.TLSRoute) {}), essence: essence(func(r *gatewayv1.TLSRoute) { r.Status = gatewayv1.TLSRouteStatus{} }),
+		},
+		{
+			gvk: own.WithKind("CircuitBreaker"), resource: "circuitbreakers", custom: true, mesh: true, object: func() client.Object { return &v1alpha1.CircuitBreaker{} },
+			trim: trim(func(*v1alpha1.CircuitBreaker) {}), essence: essence(func(p *v1alpha1.CircuitBreaker) { p.Status = v1alpha1.CircuitBreakerStatus{} }),
+		},
+		{
+			gvk: own.WithKind("RetryPolicy"), resource: "retrypolicies", custom: true, mesh: true, object: func() client.Object { return &v1alpha1.RetryPolicy{} },
+			trim: trim(func(*v1alpha1.RetryPolicy) {}), essence: essence(func(p *v1alpha1.RetryPolicy) { p.Status = v1alpha1.RetryPolicyStatus{} }),
+		},
+		{
+			gvk: own.WithKind("AuthorizationPolicy"), resource: "authorizationpolicies", custom: true, mesh: true, object: func() client.Object { return &v1alpha1.AuthorizationPolicy{} },
+			trim: trim(func(*v1alpha1.AuthorizationPolicy) {}), essence: essence(func(p *v1alpha1.AuthorizationPolicy) { p.Status = v1alpha1.AuthorizationPolicyStatus{} }),
 		},
 		{
 			// Of all namespaces, those of our name: a few hundred bytes each.

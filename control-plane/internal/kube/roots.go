@@ -123,10 +123,8 @@ func (r *Roots) run(ctx context.Context) {
 		<-ctx.Done()
 		r.queue.ShutDown()
 	})
-	select {
-	case <-ctx.Done():
+	if !r.c.source.WaitSynced(ctx) {
 		return
-	case <-r.c.source.Synced():
 	}
 	for {
 		namespace, end := r.queue.Get()

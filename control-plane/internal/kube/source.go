@@ -3,8 +3,10 @@ package kube
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
@@ -13,6 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
+	"github.com/outrigger-mesh/outrigger/control-plane/api/v1alpha1"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 )
 
@@ -91,9 +94,43 @@ func newSource(c *Cluster) *Source {
 	return s
 }
 
-// Synced is closed once all objects of all kinds that there are have been read.
-// Before that Load returns only some, and nothing must be built from them.
-func (s *Source) Synced() <-chan struct{} { return s.synced }
+// WaitSynced waits until all objects of all kinds that there are have been read.
+// Before that Load returns only some, and nothing must be built from them. It
+// reports false where ctx ends first.
+func (s *Source) WaitSynced(ctx context.Context) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-s.synced:
+		return true
+	}
+}
+
+// Ready says which kinds WaitSynced waits for; nil where for none. It stays nil
+// when the API server goes away: there is a last state.
+func (s *Source) Ready() error {
+	select {
+	case <-s.synced:
+		return nil
+	default:
+	}
+	if err := s.c.contact.state(); err != nil {
+		return fmt.Errorf("the API server cannot be reached: %w", err)
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var open []string
+	for name, t := range s.tables {
+		if s.open(t) {
+			open = append(open, name)
+		}
+	}
+	slices.Sort(open)
+	return fmt.Errorf("not read yet: %s", strings.Join(open, ", "))
+}
+
+// open says that it is not known yet which objects of a kind there are.
+func (s *Source) open(t *table) bool { return s.needed(t) && t.state != known && t.state != absent }
 
 // Load implements rebuild.Source. The objects are shared and trimmed; nobody may
 // change them. Their order is not defined.
@@ -109,6 +146,10 @@ func (s *Source) Load() (translate.Objects, []translate.Problem) {
 		HTTPRoutes:     all[*gatewayv1.HTTPRoute](s.tables["HTTPRoute"]),
 		GRPCRoutes:     all[*gatewayv1.GRPCRoute](s.tables["GRPCRoute"]),
 		TLSRoutes:      all[*gatewayv1.TLSRoute](s.tables["TLSRoute"]),
+
+		CircuitBreakers:       all[*v1alpha1.CircuitBreaker](s.tables["CircuitBreaker"]),
+		RetryPolicies:         all[*v1alpha1.RetryPolicy](s.tables["RetryPolicy"]),
+		AuthorizationPolicies: all[*v1alpha1.AuthorizationPolicy](s.tables["AuthorizationPolicy"]),
 	}
 	return out, s.problems()
 }
