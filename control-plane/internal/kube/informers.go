@@ -233,6 +233,13 @@ func (s *Source) note(of runtime.Object, err error) {
 	if errors.Is(err, context.Canceled) {
 		return
 	}
+	var network *url.Error
+	if errors.As(err, &network) {
+		select {
+		case s.c.suspect <- struct{}{}:
+		default:
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range s.tables {

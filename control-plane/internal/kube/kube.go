@@ -30,6 +30,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/runtime"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/discovery"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
@@ -82,6 +83,7 @@ type Cluster struct {
 	cache     cache.Cache
 	discovery *discovery.DiscoveryClient
 	contact   *contact
+	suspect   chan struct{} // a request has failed as if the API server were away
 	source    *Source
 	roots     *Roots // nil where none are distributed
 	metrics   metrics
@@ -101,7 +103,7 @@ func Connect(o Options) (*Cluster, error) {
 	// The API server's own fairness limits us.
 	config.QPS = -1
 
-	c := &Cluster{o: o, log: o.Log, config: config, contact: &contact{back: make(chan struct{})}, metrics: newMetrics(o.Registry)}
+	c := &Cluster{o: o, log: o.Log, config: config, contact: &contact{back: make(chan struct{})}, suspect: make(chan struct{}, 1), metrics: newMetrics(o.Registry)}
 	close(c.contact.back)
 	var err error
 	if c.http, err = rest.HTTPClientFor(config); err != nil {
@@ -167,7 +169,7 @@ func (c *Cluster) Client() client.Client { return c.client }
 // Run follows the cluster until ctx ends, then returns nil.
 func (c *Cluster) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
-	defer c.http.CloseIdleConnections()
+	defer utilnet.CloseIdleConnectionsFor(c.http.Transport)
 	defer cancel()
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -257,10 +259,24 @@ func (c *Cluster) stayInContact(ctx context.Context) {
 				c.log.Warn("the API server cannot be reached; the last state stays in force", "url.full", c.config.Host, "error.message", err.Error())
 			}
 		}
-		if !sleep(ctx, every) {
+		next := time.NewTimer(every)
+		select {
+		case <-ctx.Done():
+			next.Stop()
 			return
+		case <-next.C:
+		case <-c.hurry(err):
+			next.Stop()
 		}
 	}
+}
+
+// hurry is suspicion, which is of no use while the API server is known to be away.
+func (c *Cluster) hurry(away error) <-chan struct{} {
+	if away != nil {
+		return nil
+	}
+	return c.suspect
 }
 
 func (c *Cluster) ask(ctx context.Context) error {

@@ -29,8 +29,9 @@ const (
 )
 
 // TokenVerifier is an authority.Verifier of projected service account tokens. It
-// asks the API server each time and remembers nothing, so that a token is worth
-// nothing from the moment on in which its pod is gone.
+// asks the API server each time and remembers nothing. The API server itself
+// remembers for 10 s that a token was good, so that whether its pod is still there
+// is looked at here too.
 type TokenVerifier struct {
 	c           *Cluster
 	trustDomain string
@@ -78,7 +79,10 @@ func (v *TokenVerifier) Verify(ctx context.Context, token string) (identity.Iden
 	if pod == "" || uid == "" {
 		return none, refuse(authority.TokenUnbound, "the token of service account %s/%s is bound to no pod: use the one that is mounted by a projected volume", namespace, name)
 	}
-	return id, v.podIs(ctx, types.NamespacedName{Namespace: namespace, Name: pod}, uid, name)
+	if err := v.podIs(ctx, types.NamespacedName{Namespace: namespace, Name: pod}, uid, name); err != nil {
+		return none, err
+	}
+	return id, nil
 }
 
 // podIs compares with the pod, asking for it where what is known may be too old or
