@@ -13,7 +13,7 @@ DEMO_SECONDS ?= 0
 SOAK_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers h2spec soak bench-sidecar clean
+.PHONY: help build demo test check fuzz golden peers h2spec soak bench-sidecar images manifests clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,13 @@ bench-sidecar: ## measure the sidecar beside nginx, HAProxy, Envoy and others; B
 	@mkdir -p $(CACHE)/bench/bin
 	@go build -o $(CACHE)/bench/bin/bench ./deploy/bench
 	@$(CACHE)/bench/bin/bench
+
+images: ## build container images without Docker into .cache/images, for linux/amd64 and linux/arm64
+	@go run ./deploy/images --version $(VERSION) --out $(CACHE)/images
+
+manifests: ## render deploy/manifests from the chart and the profiles; review the diff
+	cp deploy/crds/*.yaml deploy/chart/crds/
+	go test ./deploy/chart -run TestManifests -update
 
 clean: ## remove what was built and installed
 	rm -rf $(BIN) $(CACHE)
