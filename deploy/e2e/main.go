@@ -132,7 +132,7 @@ func inside(ctx context.Context, c config) (int, error) {
 
 // shell opens a shell in the cluster until it is left.
 func shell(ctx context.Context, c config) {
-	report("a shell inside; leave it to end the cluster. Another one: nsenter --target %d --all --wdns=. bash; export KUBECONFIG=%s", hostPID(), filepath.Join(c.folder, "kubeconfig"))
+	report("a shell inside; leave it to end the cluster. Another one: nsenter --target $(cat %s) --all bash -c 'KUBECONFIG=%s bash'", filepath.Join(c.folder, "pid"), filepath.Join(c.folder, "kubeconfig"))
 	sh := os.Getenv("SHELL")
 	if sh == "" {
 		sh = "/bin/bash"
@@ -141,9 +141,4 @@ func shell(ctx context.Context, c config) {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(c.folder, "kubeconfig"), "PATH="+c.bin()+":"+filepath.Join(c.folder, "bin")+":"+os.Getenv("PATH"))
 	_ = cmd.Run() // what the last command of the shell ended with is nobody's business
-}
-
-// hostPID is the id of this process outside, where a person would enter.
-func hostPID() int {
-	return os.Getppid()
 }

@@ -108,6 +108,10 @@ func Enter(ctx context.Context, folder string) (int, error) {
 		return 0, fmt.Errorf("enter namespaces: %w", err)
 	}
 	defer context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })()
+	// For people: nsenter --target wants to know it.
+	if err := os.WriteFile(filepath.Join(folder, "pid"), []byte(strconv.Itoa(cmd.Process.Pid)+"\n"), 0o644); err != nil {
+		fmt.Fprintln(os.Stderr, "cluster: the process to enter:", err)
+	}
 	err = cmd.Wait()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		return exit.ExitCode(), nil

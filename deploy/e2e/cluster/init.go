@@ -50,12 +50,20 @@ func enterCgroups() error {
 // beInit makes the machine that the cluster runs on, runs the caller's program in
 // it, and adopts orphans until that ends. When it returns the kernel ends all.
 func beInit() (int, error) {
+	// Said again: the wish to die with the parent was that of the thread that exec ended.
+	runtime.LockOSThread()
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(syscall.SIGKILL), 0, 0, 0); err != nil {
+		return 0, fmt.Errorf("die with the parent: %w", err)
+	}
 	groups, err := mountedCgroups()
 	if err != nil {
 		return 0, err
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return 0, fmt.Errorf("private mounts: %w", err)
+	}
+	if err := mount("proc", "/proc", "proc", ""); err != nil {
+		return 0, err
 	}
 	if err := mountSystem(groups); err != nil {
 		return 0, err
@@ -101,17 +109,16 @@ func beInit() (int, error) {
 
 func stateFolder() string { return filepath.Join(os.Getenv(envFolder), "state") }
 
-// mountSystem mounts what belongs to the namespaces of this process.
+func mount(source, target, kind, options string) error {
+	if err := unix.Mount(source, target, kind, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		return fmt.Errorf("mount %s: %w", target, err)
+	}
+	return nil
+}
+
+// mountSystem mounts what belongs to the network and cgroup namespaces of this
+// process. /proc is mounted once: a second one would hide what shields sysctls.
 func mountSystem(groups []cgroup) error {
-	mount := func(source, target, kind, options string) error {
-		if err := unix.Mount(source, target, kind, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
-			return fmt.Errorf("mount %s: %w", target, err)
-		}
-		return nil
-	}
-	if err := mount("proc", "/proc", "proc", ""); err != nil {
-		return err
-	}
 	if err := mount("sysfs", "/sys", "sysfs", ""); err != nil {
 		return err
 	}
@@ -122,8 +129,7 @@ func mountSystem(groups []cgroup) error {
 		if err := os.MkdirAll(g.mount, 0o755); err != nil {
 			return fmt.Errorf("a mount point: %w", err)
 		}
-		source := "cgroup"
-		if err := mount(source, g.mount, g.kind, g.options); err != nil {
+		if err := mount("cgroup", g.mount, g.kind, g.options); err != nil {
 			return err
 		}
 	}

@@ -272,9 +272,6 @@ func (c nodeConfig) importImages(ctx context.Context, env []string) error {
 		if out, err = cmd.CombinedOutput(); err == nil {
 			return nil
 		}
-		if _, missing := os.Stat("/run/containerd/containerd.sock"); missing == nil && !strings.Contains(string(out), "connection refused") && !strings.Contains(string(out), "Unavailable") {
-			break
-		}
 	}
 	return fmt.Errorf("import images: %w\n%s", err, out)
 }
