@@ -2,6 +2,7 @@ package translate_test
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -96,13 +97,13 @@ func TestAuthorizationLimits(t *testing.T) {
 
 // namespaces names the namespace shop n times.
 func namespaces(n int) []gatewayv1.LocalPolicyTargetReferenceWithSectionName {
-	var out []gatewayv1.LocalPolicyTargetReferenceWithSectionName
-	for range n {
-		out = append(out, gatewayv1.LocalPolicyTargetReferenceWithSectionName{
-			LocalPolicyTargetReference: gatewayv1.LocalPolicyTargetReference{Kind: "Namespace", Name: "shop"},
-		})
-	}
-	return out
+	return slices.Repeat(named("Namespace", "shop"), n)
+}
+
+func named(kind, name string) []gatewayv1.LocalPolicyTargetReferenceWithSectionName {
+	return []gatewayv1.LocalPolicyTargetReferenceWithSectionName{{
+		LocalPolicyTargetReference: gatewayv1.LocalPolicyTargetReference{Kind: gatewayv1.Kind(kind), Name: gatewayv1.ObjectName(name)},
+	}}
 }
 
 // TestMessagesAreBounded: a status holds what people can read, whatever the object

@@ -43,7 +43,7 @@ func (b *builder) addAuthorizationPolicies(in []*v1alpha1.AuthorizationPolicy) {
 		}
 		reached := map[*pod][]uint16{}
 		for i := range targets {
-			b.protect(r, obj, i, &targets[i], reached)
+			b.protect(r, obj.Namespace, i, &targets[i], policy, reached)
 		}
 		for pd, ports := range reached {
 			one := policy
@@ -104,9 +104,9 @@ func (b *builder) authorizationTargets(r *report, obj *v1alpha1.AuthorizationPol
 }
 
 // protect adds the ports of pods that a target stands for to reached.
-func (b *builder) protect(r *report, obj *v1alpha1.AuthorizationPolicy, i int, t *authorizationTarget, reached map[*pod][]uint16) {
+func (b *builder) protect(r *report, namespace string, i int, t *authorizationTarget, policy mesh.Authorization, reached map[*pod][]uint16) {
 	bare := false
-	for _, pd := range b.podsIn[obj.Namespace] {
+	for _, pd := range b.podsIn[namespace] {
 		var ports []uint16
 		switch {
 		case t.namespace && pd.proxied:
@@ -130,6 +130,7 @@ func (b *builder) protect(r *report, obj *v1alpha1.AuthorizationPolicy, i int, t
 		}
 	}
 	slices.Sort(t.instances)
+	b.noRequests(r, i, t, policy)
 	if !bare {
 		return
 	}
@@ -139,6 +140,23 @@ func (b *builder) protect(r *report, obj *v1alpha1.AuthorizationPolicy, i int, t
 	}
 	// Without names: they change with every pod, and with them the message.
 	r.note(at("spec.targetRefs", i), ReasonNotEnforced, "some pods of %s have no proxy, or do not capture the port: nothing enforces the policy there; have them injected, or remove the exclusion", what)
+}
+
+// noRequests tells of rules that ask for methods and paths where there are none.
+func (b *builder) noRequests(r *report, i int, t *authorizationTarget, policy mesh.Authorization) {
+	if !slices.ContainsFunc(policy.Rules, func(rl mesh.AuthorizationRule) bool { return len(rl.Methods)+len(rl.Paths) > 0 }) {
+		return
+	}
+	what := "nothing"
+	if policy.Action == mesh.Deny {
+		what = "every connection of its callers"
+	}
+	for _, p := range t.ports {
+		if !p.declared.MayBeHTTP() {
+			r.note(at("spec.targetRefs", i), ReasonUnsupportedProtocol, "port %s of Service %s %s, which has no methods and no paths: a rule with some matches %s there; name another port, or write a rule without them",
+				p.describe(), p.service.key, p.speaks(), what)
+		}
+	}
 }
 
 // authorization reads the policy. Where something is invalid r is bad and the
