@@ -323,10 +323,16 @@ func newPKI(dir string) (pki, error) {
 	if err != nil {
 		return p, err
 	}
-	_, saKey, err := leaf(&x509.Certificate{Subject: pkix.Name{CommonName: "sa"}})
+	// Of the forms of a key the API server takes SEC 1 for tokens.
+	tokens, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return p, err
+		return p, fmt.Errorf("a key: %w", err)
 	}
+	sec1, err := x509.MarshalECPrivateKey(tokens)
+	if err != nil {
+		return p, fmt.Errorf("a key: %w", err)
+	}
+	saKey := pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1})
 	for name, text := range map[string][]byte{"ca.crt": p.ca, "apiserver.crt": server, "apiserver.key": serverKey, "sa.key": saKey} {
 		if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
 			return p, fmt.Errorf("write: %w", err)

@@ -5,7 +5,10 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // Workload lists the addresses at which a program runs where no Kubernetes
 // writes EndpointSlices: on a laptop or a virtual machine. Every Service whose
 // selector matches the Workload's labels gets its addresses as endpoints, at
-// the port that the Service's targetPort names.
+// the port that the Service's targetPort names. In a cluster there is none: pods
+// say the same.
+//
+// +kubebuilder:object:generate=true
 type Workload struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`
