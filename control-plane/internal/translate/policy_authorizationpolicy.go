@@ -16,8 +16,11 @@ import (
 // Limits of an AuthorizationPolicy; every proxy that it applies to has all of it.
 const (
 	maxAuthorizationRules = 64
-	maxAuthorizationParts = 16 // entries of from, and of to
+	maxAuthorizationParts = 64 // entries of from, and of to
 	maxAuthorizationWords = 64 // entries of one list in them
+	// All principals, methods and paths that a proxy is told of one policy: every
+	// entry of to has the callers of its rule.
+	maxAuthorizationTotal = 4096
 )
 
 // FailsClosed is the message of the Problem that says that an AuthorizationPolicy
@@ -197,6 +200,13 @@ func (b *builder) authorization(r *report, obj *v1alpha1.AuthorizationPolicy) me
 		names[name] = true
 		out.Rules = append(out.Rules, b.authorizationRule(r, field, name, obj.Namespace, rule)...)
 	}
+	total := 0
+	for _, rl := range out.Rules {
+		total += len(rl.Principals) + len(rl.Methods) + len(rl.Paths)
+	}
+	if total > maxAuthorizationTotal {
+		r.add("spec.rules", ReasonInvalid, "come to %d callers, methods and paths, those of from counted for each entry of to; at most %d, spread them over several policies", total, maxAuthorizationTotal)
+	}
 	return out
 }
 
@@ -222,7 +232,7 @@ func (b *builder) authorizationRule(r *report, field, name, namespace string, in
 	}
 	var out []mesh.AuthorizationRule
 	for i := range in.To {
-		one := mesh.AuthorizationRule{Name: name, Principals: slices.Clone(principals)}
+		one := mesh.AuthorizationRule{Name: name, Principals: principals}
 		if len(in.To) > 1 {
 			// A slash is in no name, so that this is no other rule's.
 			one.Name += "/" + strconv.Itoa(i)
