@@ -58,6 +58,7 @@ const uid = "11111111-2222-3333-4444-555555555555"
 // already.
 func newNode(t *testing.T, outside *netnstest.Space) *node {
 	t.Helper()
+	t.Setenv("GORACE", "atexit_sleep_ms=0") // plugins are short
 	n := &node{t: t, outside: outside, bin: t.TempDir(), main: `{"type":"main"}`}
 	n.file("main", "#!/bin/sh\ncat >/dev/null\n[ $CNI_COMMAND = ADD ] || exit 0\necho '"+`{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"x"}],"ips":[{"interface":0,"address":"10.77.0.2/24","gateway":"10.77.0.1"}],"dns":{"nameservers":["10.96.0.10"]}}`+"'\n")
 	self, err := os.ReadFile("/proc/self/exe")
