@@ -79,7 +79,7 @@ func netinit(t *testing.T, pod *netnstest.Space, attr *syscall.SysProcAttr, env 
 	var err error
 	pod.Do(func() {
 		cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
-		cmd.Env = append(os.Environ(), envMain+"=1", envDeny+"="+env)
+		cmd.Env = append(os.Environ(), envMain+"=1", envDeny+"="+env, "GORACE=atexit_sleep_ms=0")
 		cmd.SysProcAttr = attr
 		out, err = cmd.CombinedOutput()
 	})
