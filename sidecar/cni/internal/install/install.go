@@ -82,7 +82,7 @@ func parse(name string, args []string, env Environment, stdout, stderr io.Writer
 	})
 	c.mesh.ExcludeNamespaces = []string{"kube-system", "outrigger-system"}
 	fs.TextVar(&c.mesh.Backend, "backend", redirect.Auto, "how rules are set: auto, nftables or iptables (the node's)")
-	fs.Func("proxy-uid", fmt.Sprintf("user id of the proxies (default %d)", rules.ProxyUID), func(s string) error {
+	fs.Func("proxy-uid", "user id of the proxies (default 1337)", func(s string) error {
 		uids, err := rules.ParseUIDs(s)
 		if err != nil || len(uids) != 1 || uids[0] == 0 {
 			return fmt.Errorf("%q is not a user id above 0", s)

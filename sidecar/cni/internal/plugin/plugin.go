@@ -46,10 +46,10 @@ const (
 
 // What the injector writes on pods and into them.
 const (
-	annotationStatus  = "outrigger.dev/status"
+	annotationStatus  = "outrigger.dev/status" // the plugin captures pods that say injected
 	statusInjected    = "injected"
 	containerProxy    = "outrigger-proxy"
-	annotationCapture = "outrigger.dev/capture"
+	annotationCapture = "outrigger.dev/capture"       // false: the plugin leaves the pod alone
 	annotationMirror  = "kubernetes.io/config.mirror" // on what the API server shows of a static pod
 )
 
