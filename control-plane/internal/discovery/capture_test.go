@@ -214,6 +214,32 @@ func TestEnvoyInACapturedPod(t *testing.T) {
 	f("a path that is denied", pod, "http://10.96.0.2/admin", "403")
 	f("the same path in disguise", pod, "http://10.96.0.2//%61dmin", "403")
 	greeted("bytes in clear, of whose rules none can match", outside, podIP+":5432", "")
+	for account, want := range map[string]string{"web": "database", "db": ""} {
+		c, err := outside.dial(podIP + ":5432")
+		if err != nil {
+			t.Fatal(err)
+		}
+		secured := tls.Client(c, &tls.Config{
+			Certificates: []tls.Certificate{*certificate(t, a, "cluster.local", "shop", account)}, NextProtos: []string{bootstrap.ProtocolMesh},
+			MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, // it is the caller that is tested
+		})
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		_, _ = io.WriteString(secured, "hello\n")
+		line, _ := bufio.NewReader(secured).ReadString('\n')
+		if got := strings.TrimSpace(line); got != want {
+			t.Errorf("bytes by mutual TLS from %s: %q, want %q", account, got, want)
+		}
+		_ = c.Close()
+	}
+	if c, err := outside.dial(podIP + ":5432"); err != nil {
+		t.Error(err)
+	} else {
+		_ = c.SetDeadline(time.Now().Add(3 * time.Second)) // longer than the proxy waits to hear what is spoken
+		if b, _ := io.ReadAll(c); len(b) > 0 {
+			t.Errorf("who says nothing is told %q", b)
+		}
+		_ = c.Close()
+	}
 	greeted("a port that no Service has, whose server speaks first", outside, podIP+":7000", "unknown")
 	f("IPv6: a Service at its virtual IP", pod, "http://[fd96::1]/a", "200 payments /a from "+podIP)
 	f("IPv6: from outside in clear, as a rule allows", outside, "http://["+podIP6+"]:8080/open", "200 web /open from ::6")
