@@ -46,7 +46,8 @@ func buildInstance(in *mesh.Instance, dp DataPlane, old *instanceSet) (*instance
 	if old != nil && reflect.DeepEqual(old.instance, in) {
 		return old, nil
 	}
-	out := &instanceSet{instance: in}
+	own := *in // else all the pods of a mesh stay in memory with one that is taken over
+	out := &instanceSet{instance: &own}
 	if dp != Outrigger {
 		return out, nil // an Envoy's listeners are in its view
 	}

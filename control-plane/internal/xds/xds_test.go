@@ -414,6 +414,20 @@ func TestEnvoyViewTakesOverWhatDidNotChange(t *testing.T) {
 			t.Errorf("%s taken over: %v", name, same)
 		}
 	}
+	// Its namespace has routes of its own, so that the listener leads elsewhere.
+	m := of("http")
+	m.Services[1].Ports[0].Consumers = []mesh.Consumer{{Namespace: "shop", Routes: []mesh.Route{{Backends: []mesh.Backend{{Namespace: "shop", Service: "other", Port: 80, Weight: 1}}}}}}
+	three, err := xds.Build(m, xds.Envoy, two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := three.EnvoyView(n, after)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := own.Listeners[changed].Reaches; !slices.Equal(got, []string{"shop/other:80"}) {
+		t.Errorf("%s reaches %v", changed, got)
+	}
 	other := n
 	other.ServiceAccount = "thief"
 	v, err := two.EnvoyView(other, nil)
@@ -435,40 +449,53 @@ func TestEnvoyViewTakesOverWhatDidNotChange(t *testing.T) {
 func TestEveryHistoryGivesTheSame(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	some := func() bool { return random.IntN(2) == 0 }
-	next := func() *mesh.Mesh {
-		m := &mesh.Mesh{TrustDomain: "cluster.local"}
-		for i := range 4 {
-			if some() {
-				continue
-			}
-			s := shop().Services[0]
-			s.Name = "s" + string(rune('0'+i))
-			p := &s.Ports[0]
-			if some() {
-				s.VIPs = []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 0, byte(i)})}
-			}
-			for j := range random.IntN(3) {
-				mtls := some()
-				p.Endpoints = append(p.Endpoints, mesh.Endpoint{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, 0, byte(i%2*4 + j)}), 80), Ready: some(), MTLS: mtls})
-				if mtls {
-					p.Identities = []string{"spiffe://cluster.local/ns/shop/sa/s"}
-				}
-			}
-			if some() {
-				p.Protocol = mesh.Unknown
-			}
-			if some() {
-				p.Consumers = []mesh.Consumer{{Namespace: "front", Routes: []mesh.Route{{Name: "r", Backends: []mesh.Backend{{Namespace: "shop", Service: "s1", Port: 80, Weight: 1}}}}}}
-			}
-			m.Services = append(m.Services, s)
+	service := func(i int) *mesh.Service {
+		s := shop().Services[0]
+		s.Name = "s" + string(rune('0'+i))
+		p := &s.Ports[0]
+		if some() {
+			s.VIPs = []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 0, byte(i)})}
 		}
-		for _, name := range []string{"a", "b"} {
-			if some() {
-				in := mesh.Instance{Namespace: "front", Name: name, MTLS: mesh.Strict}
-				if some() {
-					in.Authorizations = []mesh.Authorization{{Policy: "front/p", Action: mesh.Allow, Ports: []uint16{uint16(random.IntN(2) + 1)}}}
-				}
-				m.Instances = append(m.Instances, in)
+		for j := range random.IntN(3) {
+			mtls := some()
+			p.Endpoints = append(p.Endpoints, mesh.Endpoint{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, 0, byte(i%2*4 + j)}), 80), Ready: some(), MTLS: mtls})
+			if mtls {
+				p.Identities = []string{"spiffe://cluster.local/ns/shop/sa/s"}
+			}
+		}
+		if some() {
+			p.Protocol = mesh.Unknown
+		}
+		if some() {
+			p.Consumers = []mesh.Consumer{{Namespace: "front", Routes: []mesh.Route{{Name: "r", Backends: []mesh.Backend{{Namespace: "shop", Service: "s1", Port: 80, Weight: 1}}}}}}
+		}
+		return &s
+	}
+	instance := func(name string) *mesh.Instance {
+		in := &mesh.Instance{Namespace: "front", Name: name, MTLS: mesh.Strict}
+		if some() {
+			in.Authorizations = []mesh.Authorization{{Policy: "front/p", Action: mesh.Allow, Ports: []uint16{uint16(random.IntN(2) + 1)}}}
+		}
+		return in
+	}
+	services, instances := make([]*mesh.Service, 4), make([]*mesh.Instance, 2)
+	next := func() *mesh.Mesh { // in which one thing has changed, or gone
+		if i := random.IntN(6); i < 4 {
+			if services[i] = nil; random.IntN(4) > 0 {
+				services[i] = service(i)
+			}
+		} else if instances[i-4] = nil; random.IntN(4) > 0 {
+			instances[i-4] = instance(string(rune('a' + i - 4)))
+		}
+		m := &mesh.Mesh{TrustDomain: "cluster.local"}
+		for _, s := range services {
+			if s != nil {
+				m.Services = append(m.Services, *s)
+			}
+		}
+		for _, in := range instances {
+			if in != nil {
+				m.Instances = append(m.Instances, *in)
 			}
 		}
 		return m
@@ -479,7 +506,7 @@ func TestEveryHistoryGivesTheSame(t *testing.T) {
 	}
 	prev := map[xds.DataPlane]*xds.Set{}
 	var view *xds.EnvoyView
-	for range 100 {
+	for range 200 {
 		m := next()
 		for _, dp := range xds.DataPlanes() {
 			fresh, err := xds.Build(m, dp, nil)
