@@ -290,6 +290,11 @@ func (s settings) authority(ctx context.Context, cluster *kube.Cluster, log *slo
 	if cluster != nil {
 		o.Names = append(o.Names, kube.ServiceNames(service, s.namespace)...)
 		o.Verifier = cluster.TokenVerifier(s.trustDomain)
+		if s.authorityDir == "" {
+			if err := cluster.Reach(ctx); err != nil {
+				return nil, err
+			}
+		}
 	}
 	a, err := authority.Open(ctx, o)
 	if err != nil {

@@ -58,7 +58,7 @@ const (
 
 // kinds are all that are watched.
 func kinds() []kind {
-	core, gateway, own := corev1.SchemeGroupVersion, gatewayv1.SchemeGroupVersion, v1alpha1.GroupVersion()
+	core, gateway, own := corev1.SchemeGroupVersion, schema.GroupVersion(gatewayv1.GroupVersion), v1alpha1.GroupVersion()
 	return []kind{
 		{
 			gvk: core.WithKind("Service"), resource: "services", mesh: true, object: func() client.Object { return &corev1.Service{} },
