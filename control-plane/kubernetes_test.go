@@ -200,6 +200,49 @@ func TestInACluster(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 }
 
+// A control plane that starts while the API server is away says that it lives and
+// is not ready, and goes on when the API server is back.
+func TestStartsBeforeTheAPIServer(t *testing.T) {
+	s := server.Need(t)
+	config := kubeconfig(t, s)
+	s.StopAPI()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var stderr log
+	done := make(chan error, 1)
+	go func() {
+		done <- execute(ctx, []string{
+			"--kubernetes", "--kubeconfig", config, "--namespace", "default", "--xds-address", "127.0.0.1:0",
+			"--admin-address", "127.0.0.1:0", "--health-address", "127.0.0.1:0", "--xds-tls-address", "127.0.0.1:0",
+		}, io.Discard, &stderr)
+	}()
+	answers := func(path string, want int) {
+		t.Helper()
+		eventually(t, &stderr, func() string {
+			resp, err := http.Get("http://" + stderr.field("outrigger.health_address") + path)
+			if err != nil {
+				return err.Error()
+			}
+			defer func() { _ = resp.Body.Close() }()
+			if resp.StatusCode != want {
+				return fmt.Sprintf("%s: %d, want %d", path, resp.StatusCode, want)
+			}
+			return ""
+		})
+	}
+	answers("/live", http.StatusOK)
+	answers("/ready", http.StatusServiceUnavailable)
+	if err := s.StartAPI(); err != nil {
+		t.Fatal(err)
+	}
+	answers("/ready", http.StatusOK)
+	stop()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	http.DefaultClient.CloseIdleConnections()
+}
+
 // sign asks for a certificate as a proxy does.
 func sign(t *testing.T, address, roots, token string) (identity.Identity, error) {
 	t.Helper()

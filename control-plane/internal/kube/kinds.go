@@ -175,9 +175,9 @@ func trimMeta(o client.Object) {
 	o.SetManagedFields(nil)
 	o.SetFinalizers(nil)
 	o.SetSelfLink("")
-	o.SetGenerateName("")
-	if _, pod := o.(*corev1.Pod); !pod {
+	if _, pod := o.(*corev1.Pod); !pod { // of a pod they name the workload
 		o.SetOwnerReferences(nil)
+		o.SetGenerateName("")
 	}
 	ours := maps.Clone(o.GetAnnotations())
 	maps.DeleteFunc(ours, func(name, _ string) bool {

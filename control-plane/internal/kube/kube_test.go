@@ -477,6 +477,7 @@ func TestPodsAreTrimmed(t *testing.T) {
 	pod.Labels = map[string]string{"app": "payments"}
 	pod.Annotations = map[string]string{"outrigger.dev/status": "injected", "example.com/large": strings.Repeat("x", 1000), translate.SourceAnnotation: "forged.yaml:1"}
 	pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "payments", UID: "1", Controller: &yes, BlockOwnerDeletion: &yes}}
+	pod.GenerateName = "payments-5d4f-"
 	pod.Finalizers = []string{"example.com/hold"}
 	pod.Spec.Containers[0].Ports = []corev1.ContainerPort{{Name: "http", ContainerPort: 8080, Protocol: corev1.ProtocolTCP}}
 	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "SECRET", Value: "s3cr3t"}}
@@ -500,7 +501,7 @@ func TestPodsAreTrimmed(t *testing.T) {
 	})
 	want := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: r.ns, Name: "payments-1", UID: pod.UID, ResourceVersion: pod.ResourceVersion, Generation: pod.Generation, CreationTimestamp: pod.CreationTimestamp,
+			Namespace: r.ns, Name: "payments-1", GenerateName: "payments-5d4f-", UID: pod.UID, ResourceVersion: pod.ResourceVersion, Generation: pod.Generation, CreationTimestamp: pod.CreationTimestamp,
 			Labels: map[string]string{"app": "payments"}, Annotations: map[string]string{"outrigger.dev/status": "injected"},
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "payments", Controller: &yes}},
 		},
