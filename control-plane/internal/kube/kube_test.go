@@ -23,7 +23,9 @@ import (
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -467,6 +469,31 @@ func TestCRDsComeAndGo(t *testing.T) {
 	if in, _ := r.Source().Load(); len(in.HTTPRoutes) != 1 {
 		t.Errorf("%d routes in force", len(in.HTTPRoutes))
 	}
+	// What went meanwhile is gone when v1 is there again.
+	serve(false)
+	eventually(t, func() string {
+		if r.problem(route.Name) == "" {
+			return "nobody misses v1"
+		}
+		return ""
+	})
+	old := &unstructured.Unstructured{}
+	old.SetGroupVersionKind(schema.GroupVersionKind{Group: gatewayv1.GroupName, Version: "v1beta1", Kind: "HTTPRoute"})
+	old.SetNamespace(r.ns)
+	old.SetName("split")
+	eventually(t, func() string {
+		if err := r.admin.Delete(t.Context(), old); err != nil && !apierrors.IsNotFound(err) {
+			return err.Error()
+		}
+		return ""
+	})
+	serve(true)
+	eventually(t, func() string {
+		if in, _ := r.Source().Load(); len(in.HTTPRoutes) != 0 || r.problem(route.Name) != "" {
+			return fmt.Sprint(len(in.HTTPRoutes), " routes, ", r.problem(route.Name))
+		}
+		return ""
+	})
 }
 
 // Of a pod that which a mesh is made of is kept, and completed pods do not count.
@@ -704,7 +731,12 @@ func TestWatchTellsOfWhatWasMissed(t *testing.T) {
 // While the API server is away the last state stands and the log says so once;
 // when it is back, what happened is seen without a restart.
 func TestOutage(t *testing.T) {
-	r := run(t)
+	r := prepare(t)
+	libraries := &output{}
+	kube.RouteLogs(slog.New(slog.NewTextHandler(libraries, nil)))
+	t.Cleanup(func() { kube.RouteLogs(slog.New(slog.DiscardHandler)) })
+	r.start()
+	r.wait(t)
 	r.create(t, r.service("before"))
 	has := func(name string) bool {
 		return len(r.Source().LoadServices([]types.NamespacedName{r.name(name)}).Services) == 1
@@ -752,6 +784,9 @@ func TestOutage(t *testing.T) {
 		}
 		return ""
 	})
+	if n := r.log.count("level=WARN") + r.log.count("level=ERROR"); n != 1 || libraries.String() != "" {
+		t.Errorf("%d lines of ours, and of the libraries:\n%s", n, libraries)
+	}
 	if v := r.metric(t, "outrigger_kube_last_contact_timestamp_seconds"); time.Since(time.Unix(int64(v), 0)) > patience {
 		t.Errorf("last contact %v", v)
 	}
