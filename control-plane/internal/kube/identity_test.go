@@ -372,7 +372,7 @@ func TestTheRoleSuffices(t *testing.T) {
 	rules := []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"services", "pods", "namespaces"}, Verbs: read},
 		{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: read},
-		{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"httproutes", "grpcroutes", "tlsroutes"}, Verbs: read},
+		{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"httproutes", "grpcroutes", "tlsroutes", "referencegrants"}, Verbs: read},
 		{APIGroups: []string{"outrigger.dev"}, Resources: []string{"circuitbreakers", "retrypolicies", "authorizationpolicies"}, Verbs: read},
 		{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: verbs("create")},
 		{APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: verbs("create")},

@@ -103,6 +103,10 @@ func kinds() []kind {
 			trim: trim(func(*gatewayv1.TLSRoute) {}), essence: essence(func(r *gatewayv1.TLSRoute) { r.Status = gatewayv1.TLSRouteStatus{} }),
 		},
 		{
+			gvk: gateway.WithKind("ReferenceGrant"), resource: "referencegrants", custom: true, mesh: true, object: func() client.Object { return &gatewayv1.ReferenceGrant{} },
+			trim: trim(func(*gatewayv1.ReferenceGrant) {}), essence: essence(func(*gatewayv1.ReferenceGrant) {}),
+		},
+		{
 			gvk: own.WithKind("CircuitBreaker"), resource: "circuitbreakers", custom: true, mesh: true, object: func() client.Object { return &v1alpha1.CircuitBreaker{} },
 			trim: trim(func(*v1alpha1.CircuitBreaker) {}), essence: essence(func(p *v1alpha1.CircuitBreaker) { p.Status = v1alpha1.CircuitBreakerStatus{} }),
 		},

@@ -19,7 +19,7 @@
 // What its role must allow:
 //
 //   - everywhere: get, list and watch services, pods, namespaces, endpointslices
-//     (discovery.k8s.io), httproutes, grpcroutes and tlsroutes
+//     (discovery.k8s.io), httproutes, grpcroutes, tlsroutes and referencegrants
 //     (gateway.networking.k8s.io), circuitbreakers, retrypolicies and
 //     authorizationpolicies (outrigger.dev)
 //   - everywhere, to prove pods and to give out roots: create tokenreviews

@@ -61,11 +61,14 @@ type Roots struct {
 // overwritten: it may be this replica that has not heard of a change yet. Changed
 // must be called when bundle returns something else.
 func (c *Cluster) DistributeRoots(bundle func() []byte, reload func(context.Context) error) *Roots {
-	c.roots = &Roots{
+	r := &Roots{
 		c: c, bundle: bundle, reload: reload, foreign: map[string]bool{}, repaired: map[string]time.Time{},
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](retryAtFirst, retryAtMost)),
 	}
-	return c.roots
+	c.source.mu.Lock() // Ready may be asked already
+	defer c.source.mu.Unlock()
+	c.roots = r
+	return r
 }
 
 // Changed has every namespace looked at again.
