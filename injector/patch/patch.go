@@ -173,12 +173,26 @@ type Decision struct {
 	Injected bool
 	// Reason in one sentence, always set.
 	Reason string
+	// Skipped says why a pod that asks for it is not injected; empty where it is,
+	// does not ask, or is refused.
+	Skipped Skip
 	// Warnings of things that have no effect.
 	Warnings []string
 	// Err is set where the pod asks for something that cannot be given. It must
 	// be refused: running it without the sidecar is not what it asks for.
 	Err error
 }
+
+// Skip is why a pod cannot have a proxy.
+type Skip string
+
+// The causes of a Skip.
+const (
+	SkipWindows     Skip = "windows"
+	SkipHostNetwork Skip = "host-network"
+	SkipPodSecurity Skip = "pod-security"       // the namespace's level refuses the redirection
+	SkipCompletes   Skip = "runs-to-completion" // and a plain sidecar could not notice
+)
 
 // Pod decides about a pod and injects it. It returns a deep copy, changed or
 // not; pod itself is never changed. A pod that has been injected comes back as it
@@ -196,10 +210,10 @@ func inject(pod *corev1.Pod, ns Namespace, s Settings, workload string) (*corev1
 		return pod.DeepCopy(), Decision{Reason: err.Error(), Err: err}
 	}
 	// skip is for pods that asked and cannot be helped.
-	skip := func(reason string) (*corev1.Pod, Decision) {
+	skip := func(cause Skip, reason string) (*corev1.Pod, Decision) {
 		annotate(out, AnnotationStatus, StatusSkipped)
 		annotate(out, AnnotationReason, reason)
-		return out, Decision{Reason: reason, Warnings: []string{"the pod runs without the sidecar: " + reason}}
+		return out, Decision{Reason: reason, Skipped: cause, Warnings: []string{"the pod runs without the sidecar: " + reason}}
 	}
 
 	switch ns.Name {
@@ -225,15 +239,15 @@ func inject(pod *corev1.Pod, ns Namespace, s Settings, workload string) (*corev1
 		}
 		return out, Decision{Reason: "already injected", Warnings: changes}
 	}
-	if reason := helpless(pod, s); reason != "" {
-		return skip(reason)
+	if cause, reason := helpless(pod, s); cause != "" {
+		return skip(cause, reason)
 	}
 	wish, err := read(pod, ns, s, workload)
 	if err != nil {
 		return refuse(err)
 	}
 	if level := ns.Labels[LabelEnforce]; wish.capture && !s.CNI && level != "" && level != "privileged" {
-		return skip(fmt.Sprintf("namespace %s enforces Pod Security %q, which refuses the capability NET_ADMIN that redirecting traffic takes; install the CNI plugin of the mesh, or set the label %s=privileged on the namespace, or annotate the pod %s=false and use ambassador ports",
+		return skip(SkipPodSecurity, fmt.Sprintf("namespace %s enforces Pod Security %q, which refuses the capability NET_ADMIN that redirecting traffic takes; install the CNI plugin of the mesh, or set the label %s=privileged on the namespace, or annotate the pod %s=false and use ambassador ports",
 			ns.Name, level, LabelEnforce, AnnotationCapture))
 	}
 	override, err := takeOverride(out)
@@ -256,20 +270,20 @@ func Injected(pod *corev1.Pod) bool {
 
 // helpless says why a pod cannot have a proxy whatever its annotations say;
 // empty where it can.
-func helpless(pod *corev1.Pod, s Settings) string {
+func helpless(pod *corev1.Pod, s Settings) (Skip, string) {
 	switch {
 	case pod.Spec.OS != nil && pod.Spec.OS.Name == corev1.Windows:
-		return "windows: the sidecar runs on Linux only"
+		return SkipWindows, "windows: the sidecar runs on Linux only"
 	case pod.Spec.HostNetwork:
-		return "hostNetwork: the sidecar's ports would be the node's, and two such pods would collide; remove hostNetwork, or label the pod " + LabelInjection + "=disabled"
+		return SkipHostNetwork, "hostNetwork: the sidecar's ports would be the node's, and two such pods would collide; remove hostNetwork, or label the pod " + LabelInjection + "=disabled"
 	case s.NativeSidecar || !completes(pod):
-		return ""
+		return "", ""
 	case pod.Spec.HostPID:
-		return "hostPID: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove hostPID, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
+		return SkipCompletes, "hostPID: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove hostPID, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
 	case pod.Spec.ShareProcessNamespace != nil && !*pod.Spec.ShareProcessNamespace:
-		return "shareProcessNamespace is false: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove shareProcessNamespace, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
+		return SkipCompletes, "shareProcessNamespace is false: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove shareProcessNamespace, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
 	default:
-		return ""
+		return "", ""
 	}
 }
 
