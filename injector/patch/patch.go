@@ -21,6 +21,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	workloads "github.com/outrigger-mesh/outrigger/control-plane/identity/workload"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
 
@@ -464,33 +465,8 @@ func wanted(pod *corev1.Pod, ns Namespace) (asked bool, why string, err error) {
 	return false, fmt.Sprintf("neither the pod nor namespace %s has the label %s", ns.Name, LabelInjection), nil
 }
 
-// workload is the name users know the pod by: what owns it, or owns its owner.
-func workload(pod *corev1.Pod) string {
-	name := pod.Name
-	if name == "" {
-		name = strings.TrimRight(pod.GenerateName, "-")
-	}
-	for _, o := range pod.OwnerReferences {
-		if o.Controller == nil || !*o.Controller {
-			continue
-		}
-		name = o.Name
-		switch o.Kind {
-		case "ReplicaSet": // of a Deployment: <name>-<pod-template-hash>
-			if hash := pod.Labels["pod-template-hash"]; hash != "" {
-				name = strings.TrimSuffix(name, "-"+hash)
-			}
-		case "Job": // of a CronJob: <name>-<minutes since 1970>
-			if cut := strings.LastIndexByte(name, '-'); cut > 0 && len(name)-cut-1 >= 8 && strings.Trim(name[cut+1:], "0123456789") == "" {
-				name = name[:cut]
-			}
-		}
-	}
-	if name == "" {
-		name = "pod"
-	}
-	return name
-}
+// workload is the name users know the pod by, which the control plane uses too.
+func workload(pod *corev1.Pod) string { return workloads.Name(pod) }
 
 // takeOverride removes the user's container of our name and returns it.
 func takeOverride(pod *corev1.Pod) (*corev1.Container, error) {
