@@ -84,10 +84,11 @@ func (c *cli) look(ctx context.Context, r reach, ch choice, before bool, warning
 	if err != nil {
 		return out, err
 	}
-	in, err := client.Installed(ctx, r.namespace)
+	in, unseen, err := client.See(ctx, r.namespace)
 	if err != nil {
 		return out, err
 	}
+	out.Cluster = unseen
 	values, err := c.values(ch)
 	if err != nil {
 		return out, err
@@ -104,7 +105,7 @@ func (c *cli) look(ctx context.Context, r reach, ch choice, before bool, warning
 		return out, err
 	}
 	now := time.Now()
-	out.Cluster = client.Before(ctx, rel, in, now)
+	out.Cluster = append(out.Cluster, client.Before(ctx, rel, in, now)...)
 	if in.Version != "" && !before {
 		out.Installed = in.Version
 		out.Installation = client.After(ctx, rel, in, now)

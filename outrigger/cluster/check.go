@@ -98,6 +98,17 @@ func (k *checking) unseen(check string, err error) {
 	k.warn(check, "ask as somebody who may, or see that the API server answers", "could not be looked at: %v", err)
 }
 
+// See is Installed for who may not be allowed to know: that is a finding then.
+func (c *Client) See(ctx context.Context, namespace string) (Installation, []Finding, error) {
+	in, err := c.Installed(ctx, namespace)
+	if !apierrors.IsForbidden(err) {
+		return in, nil, err
+	}
+	k := &checking{c: c}
+	k.unseen("installation", err)
+	return Installation{}, k.findings, nil
+}
+
 // Before looks at what an installation needs of the cluster. rel is what would
 // be installed.
 func (c *Client) Before(ctx context.Context, rel *chart.Release, in Installation, now time.Time) []Finding {
