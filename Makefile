@@ -13,7 +13,7 @@ DEMO_SECONDS ?= 0
 SOAK_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers h2spec soak bench-sidecar images manifests clean
+.PHONY: help build demo test check fuzz golden peers h2spec e2e cluster soak bench-sidecar images manifests clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,16 @@ peers: ## test the outputs against real servers (Elasticsearch, VictoriaMetrics,
 
 h2spec: ## run the h2spec suite against the ports of real sidecars
 	@tools/h2spec.sh
+
+e2e: ## tell the stories on a real Kubernetes of two nodes, made here (root); E2E_RUN=<regexp> tells some of them
+	@deploy/testbed/build.sh cluster >/dev/null
+	@mkdir -p $(CACHE)/e2e && cd deploy/e2e && go build -o $(CACHE)/e2e/e2e .
+	@$(CACHE)/e2e/e2e --run '$(E2E_RUN)'
+
+cluster: ## open a shell in such a Kubernetes, with the product installed (root)
+	@deploy/testbed/build.sh cluster >/dev/null
+	@mkdir -p $(CACHE)/e2e && cd deploy/e2e && go build -o $(CACHE)/e2e/e2e .
+	@$(CACHE)/e2e/e2e --shell
 
 soak: build ## two sidecars under mixed load and churn for SOAK_SECONDS (600); fails when they grow
 	@go run ./deploy/soak --bin $(BIN) --for $(SOAK_SECONDS)s

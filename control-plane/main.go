@@ -1,5 +1,6 @@
 // Command control-plane configures the data planes of a mesh from Kubernetes
-// objects: it reads them from a folder, builds the mesh and serves it as xDS.
+// objects: it reads them from a cluster or a folder, builds the mesh and serves
+// it as xDS.
 //
 // main knows flags and how the parts are put together; what they do is theirs.
 package main
@@ -12,6 +13,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/http"
+	"os"
 	"strings"
 	"time"
 
@@ -22,6 +26,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/authority"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/discovery"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/kube"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/manifests"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/rebuild"
@@ -34,48 +39,70 @@ func main() { program.Main("control-plane", execute) }
 
 type settings struct {
 	program.Flags
-	config, xdsAddress, adminAddress, trustDomain string
-	dryRun                                        bool
+	config, xdsAddress, adminAddress, healthAddress, trustDomain string
+	dryRun                                                       bool
+
+	kubernetes                     bool
+	kubeconfig, namespace, podName string
 
 	authorityDir           string
 	xdsTLSAddress, tlsName string
 	certificateTTL         time.Duration
 	joinToken              string
 	joinTokenTTL           time.Duration
+	rotateRoot             bool
 }
 
 func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	var s settings
 	f := flag.NewFlagSet("control-plane", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.StringVar(&s.config, "config", "", "folder of Kubernetes objects and policies in YAML or JSON (required)")
+	f.StringVar(&s.config, "config", "", "folder of Kubernetes objects and policies in YAML or JSON; this or --kubernetes is required")
+	f.BoolVar(&s.kubernetes, "kubernetes", false, "read the objects from the Kubernetes API, as the service account of the pod that this runs in")
+	f.StringVar(&s.kubeconfig, "kubeconfig", "", "file that says how to reach the Kubernetes API, with --kubernetes outside of a pod")
+	f.StringVar(&s.namespace, "namespace", identity.SystemNamespace, "namespace of the control plane, with --kubernetes")
+	f.StringVar(&s.podName, "pod-name", "", "name of the pod that this runs in, with --kubernetes. Empty: the host's name")
 	f.StringVar(&s.xdsAddress, "xds-address", "127.0.0.1:15010", "loopback address to serve xDS on")
 	f.StringVar(&s.adminAddress, "admin-address", "127.0.0.1:15014", "loopback address of /ready, /metrics and /debug")
+	f.StringVar(&s.healthAddress, "health-address", "", "address of /ready, /live and /metrics for the kubelet and for Prometheus, in clear; nothing else is served there. Empty: not served")
 	f.StringVar(&s.trustDomain, "trust-domain", identity.DefaultTrustDomain, "SPIFFE trust domain of the workloads")
-	f.BoolVar(&s.dryRun, "dry-run", false, "print problems, parity and the xDS that would be served as JSON, and end; exit code 1 if there are problems")
-	f.StringVar(&s.authorityDir, "authority-dir", "", "folder of the certificate authority (ca.key, ca.crt, root.crt, token.key); made with a new root where it does not exist. Empty: no authority")
-	f.StringVar(&s.xdsTLSAddress, "xds-tls-address", "", "address to serve xDS and certificates on over TLS, usually port 15012; needs --authority-dir. Empty: not served")
-	f.StringVar(&s.tlsName, "xds-tls-names", "localhost,127.0.0.1,::1", "comma list of DNS names and IP addresses in the certificate of --xds-tls-address")
+	f.BoolVar(&s.dryRun, "dry-run", false, "print problems, parity and the xDS that would be served from --config as JSON, and end; exit code 1 if there are problems")
+	f.StringVar(&s.authorityDir, "authority-dir", "", "folder of the certificate authority (ca.key, ca.crt, root.crt, token.key); made with a new root where it does not exist. Empty: no authority, or with --kubernetes the Secret "+kube.AuthoritySecret)
+	f.StringVar(&s.xdsTLSAddress, "xds-tls-address", "", "address to serve xDS and certificates on over TLS, usually port 15012; needs --authority-dir or --kubernetes. Empty: not served")
+	f.StringVar(&s.tlsName, "xds-tls-names", "localhost,127.0.0.1,::1", "comma list of DNS names and IP addresses in the certificate of --xds-tls-address; with --kubernetes those of the Service are added")
 	f.DurationVar(&s.certificateTTL, "certificate-ttl", authority.DefaultTTL, "how long a workload's certificate is valid, 1m to 24h; it is renewed at half of that")
 	f.StringVar(&s.joinToken, "join-token", "", "print a token with which the workload <namespace>/<service account> gets its first certificate, and end; needs --authority-dir")
 	f.DurationVar(&s.joinTokenTTL, "join-token-ttl", authority.DefaultTokenTTL, "how long the token of --join-token is valid, at most 720h")
+	f.BoolVar(&s.rotateRoot, "rotate-root", false, "make the next step of the exchange of the authority's root (add, sign, remove; --certificate-ttl apart), say which it was, and end; needs --authority-dir or --kubernetes")
 	s.Register(f)
 	if err := s.Parse(f, args, stdout); err != nil {
 		return s, err
 	}
-	if s.authorityDir == "" && s.joinToken != "" {
-		return s, errors.New("--join-token needs --authority-dir: the folder whose key signs the token")
+	return s, s.check()
+}
+
+// check refuses settings that do not go together.
+func (s settings) check() error {
+	stored := s.authorityDir != "" || s.kubernetes
+	switch {
+	case s.kubernetes && s.config != "":
+		return errors.New("--kubernetes and --config exclude each other: the objects come from a cluster or from a folder")
+	case s.kubeconfig != "" && !s.kubernetes:
+		return errors.New("--kubeconfig needs --kubernetes")
+	case s.joinToken != "" && s.kubernetes:
+		return errors.New("--join-token is for workloads outside of Kubernetes, which --kubernetes does not take: pods prove themselves with their projected tokens")
+	case s.joinToken != "" && s.authorityDir == "":
+		return errors.New("--join-token needs --authority-dir: the folder whose key signs the token")
+	case s.xdsTLSAddress != "" && !stored:
+		return errors.New("--xds-tls-address needs --authority-dir: the folder of the authority that signs certificates, for example --authority-dir ./authority")
+	case s.rotateRoot && !stored:
+		return errors.New("--rotate-root needs --authority-dir or --kubernetes: where the root is")
+	case s.dryRun && s.kubernetes:
+		return errors.New("--dry-run needs --config: give a folder with the objects, for example what kubectl get -o yaml prints")
+	case s.joinToken == "" && !s.rotateRoot && s.config == "" && !s.kubernetes:
+		return errors.New("--config is missing: give the folder with the Kubernetes objects, for example --config ./mesh, or --kubernetes in a cluster")
 	}
-	if s.authorityDir == "" && s.xdsTLSAddress != "" {
-		return s, errors.New("--xds-tls-address needs --authority-dir: the folder of the authority that signs certificates, for example --authority-dir ./authority")
-	}
-	if s.joinToken != "" {
-		return s, nil
-	}
-	if s.config == "" {
-		return s, errors.New("--config is missing: give the folder with the Kubernetes objects, for example --config ./mesh")
-	}
-	return s, nil
+	return nil
 }
 
 // execute runs the program until ctx ends. Everything is bound before anything
@@ -86,52 +113,52 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	log := s.Log("control-plane", stderr)
-	if s.joinToken != "" {
-		return printToken(s, log, stdout)
+	registry := program.Registry()
+	cluster, err := s.cluster(log, registry)
+	if err != nil {
+		return err
 	}
-	source := manifests.New(s.config, log)
-	if err := source.Check(); err != nil {
-		return fmt.Errorf("--config %s: %w; give an existing folder", s.config, err)
-	}
-	if s.dryRun {
-		return dryRun(source, s.trustDomain, stdout, stderr)
+	switch {
+	case s.joinToken != "":
+		return printToken(ctx, s, log, stdout)
+	case s.rotateRoot:
+		return rotateRoot(ctx, s, cluster, stdout)
+	case s.dryRun:
+		return dryRun(s, log, stdout, stderr)
 	}
 
-	registry := program.Registry()
+	source, err := s.source(cluster, log)
+	if err != nil {
+		return err
+	}
 	server := discovery.New(discovery.Options{Log: log, Registry: registry})
 	loop := rebuild.New(rebuild.Options{
 		Source: source, Publisher: server, TrustDomain: s.trustDomain, Log: log, Registry: registry,
 	})
-
 	var issuer *authority.Authority
-	if s.authorityDir != "" {
-		if issuer, err = s.authority(log, registry); err != nil {
+	if s.authorityDir != "" || s.xdsTLSAddress != "" {
+		if issuer, err = s.authority(ctx, cluster, log, registry); err != nil {
 			return err
 		}
 	}
+	if issuer != nil && cluster != nil {
+		roots := cluster.DistributeRoots(issuer.Bundle, func(ctx context.Context) error { _, err := issuer.Reload(ctx); return err })
+		issuer.OnChange(roots.Changed)
+	}
 
-	xdsListener, err := program.ListenLoopback(ctx, "--xds-address", s.xdsAddress)
+	bound, err := s.listen(ctx)
 	if err != nil {
 		return err
 	}
-	adminListener, err := program.ListenLoopback(ctx, "--admin-address", s.adminAddress)
-	if err != nil {
-		return errors.Join(err, xdsListener.Close())
-	}
 	var secure []discovery.Secure
-	secureAddress := ""
-	if s.xdsTLSAddress != "" {
-		l, err := program.Listen(ctx, "--xds-tls-address", s.xdsTLSAddress)
-		if err != nil {
-			return errors.Join(err, xdsListener.Close(), adminListener.Close())
-		}
-		secureAddress = l.Addr().String()
+	if bound.xdsTLS != nil {
 		secure = append(secure, discovery.Secure{
-			Listener: l, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
+			Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
 		})
 	}
-	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config,
-		"outrigger.xds_address", xdsListener.Addr().String(), "outrigger.xds_tls_address", secureAddress, "outrigger.admin_address", adminListener.Addr().String())
+	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config, "host.name", s.podName,
+		"outrigger.xds_address", bound.address(bound.xds), "outrigger.xds_tls_address", bound.address(bound.xdsTLS),
+		"outrigger.admin_address", bound.address(bound.admin), "outrigger.health_address", bound.address(bound.health))
 
 	var group run.Group
 	add := func(execute func(context.Context) error) {
@@ -143,38 +170,172 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		ctx, cancel := context.WithCancel(ctx)
 		group.Add(func() error { <-ctx.Done(); return nil }, func(error) { cancel() })
 	}
-	add(func(ctx context.Context) error {
-		return program.Serve(ctx, adminListener, admin.Handler(window(log, registry, loop, server)), log)
-	})
-	add(func(ctx context.Context) error { return server.Serve(ctx, xdsListener, secure...) })
+	shown := window(log, registry, ready(cluster, loop), loop, server)
+	add(func(ctx context.Context) error { return program.Serve(ctx, bound.admin, admin.Handler(shown), log) })
+	if bound.health != nil {
+		add(func(ctx context.Context) error { return program.Serve(ctx, bound.health, health(shown), log) })
+	}
+	add(func(ctx context.Context) error { return server.Serve(ctx, bound.xds, secure...) })
 	if issuer != nil {
 		add(issuer.Run)
 	}
-	add(loop.Run)
+	if cluster != nil {
+		add(cluster.Run)
+	}
+	add(func(ctx context.Context) error {
+		// What is built from half of the objects takes services from those who use
+		// them.
+		if cluster != nil && !cluster.Source().WaitSynced(ctx) {
+			return nil
+		}
+		return loop.Run(ctx)
+	})
 	err = group.Run()
 	log.Info("control plane stopped")
 	return err
 }
 
-// authority opens the one that the flags describe.
-func (s settings) authority(log *slog.Logger, registry prometheus.Registerer) (*authority.Authority, error) {
-	var names []string
-	for n := range strings.SplitSeq(s.tlsName, ",") {
-		if n = strings.TrimSpace(n); n != "" {
-			names = append(names, n)
+// cluster connects where the settings say so; else it is nil.
+func (s *settings) cluster(log *slog.Logger, registry prometheus.Registerer) (*kube.Cluster, error) {
+	if !s.kubernetes {
+		return nil, nil //nolint:nilnil // no cluster and no error: a folder
+	}
+	if s.podName == "" {
+		var err error
+		if s.podName, err = os.Hostname(); err != nil {
+			return nil, fmt.Errorf("--pod-name is missing, and the host has no name: %w", err)
 		}
 	}
-	a, err := authority.Open(authority.Options{
-		Dir: s.authorityDir, TrustDomain: s.trustDomain, TTL: s.certificateTTL, Names: names, Log: log, Registerer: registry,
-	})
+	kube.RouteLogs(log)
+	c, err := kube.Connect(kube.Options{Kubeconfig: s.kubeconfig, Namespace: s.namespace, Log: log, Registry: registry})
+	if err != nil {
+		return nil, fmt.Errorf("--kubernetes: %w", err)
+	}
+	return c, nil
+}
+
+// source is where the objects come from.
+func (s settings) source(cluster *kube.Cluster, log *slog.Logger) (rebuild.Source, error) {
+	if cluster != nil {
+		return cluster.Source(), nil
+	}
+	return s.folder(log)
+}
+
+func (s settings) folder(log *slog.Logger) (*manifests.Source, error) {
+	source := manifests.New(s.config, log)
+	if err := source.Check(); err != nil {
+		return nil, fmt.Errorf("--config %s: %w; give an existing folder", s.config, err)
+	}
+	return source, nil
+}
+
+// listeners are what is bound; nil where it is not asked for.
+type listeners struct{ xds, xdsTLS, admin, health net.Listener }
+
+func (listeners) address(l net.Listener) string {
+	if l == nil {
+		return ""
+	}
+	return l.Addr().String()
+}
+
+// listen binds all addresses, or none.
+func (s settings) listen(ctx context.Context) (bound listeners, err error) {
+	var open []net.Listener
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, l := range open {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	for _, a := range []struct {
+		flag, address string
+		bind          func(context.Context, string, string) (*net.TCPListener, error)
+		to            *net.Listener
+	}{
+		{"--xds-address", s.xdsAddress, program.ListenLoopback, &bound.xds},
+		{"--admin-address", s.adminAddress, program.ListenLoopback, &bound.admin},
+		{"--health-address", s.healthAddress, program.Listen, &bound.health},
+		{"--xds-tls-address", s.xdsTLSAddress, program.Listen, &bound.xdsTLS},
+	} {
+		if a.address == "" && (a.to == &bound.health || a.to == &bound.xdsTLS) {
+			continue
+		}
+		l, err := a.bind(ctx, a.flag, a.address)
+		if err != nil {
+			return listeners{}, err
+		}
+		open, *a.to = append(open, l), l
+	}
+	return bound, nil
+}
+
+// service is the Service of the control plane in a cluster.
+const service = "outrigger-control-plane"
+
+// authority opens the one that the flags describe. In a cluster, tokens are
+// verified by it, whoever keeps the keys.
+func (s settings) authority(ctx context.Context, cluster *kube.Cluster, log *slog.Logger, registry prometheus.Registerer) (*authority.Authority, error) {
+	o := authority.Options{
+		Store: s.store(cluster), TrustDomain: s.trustDomain, TTL: s.certificateTTL, Log: log, Registerer: registry,
+	}
+	for n := range strings.SplitSeq(s.tlsName, ",") {
+		if n = strings.TrimSpace(n); n != "" {
+			o.Names = append(o.Names, n)
+		}
+	}
+	if cluster != nil {
+		o.Names = append(o.Names, kube.ServiceNames(service, s.namespace)...)
+		o.Verifier = cluster.TokenVerifier(s.trustDomain)
+	}
+	a, err := authority.Open(ctx, o)
 	if err != nil {
 		return nil, fmt.Errorf("--authority-dir, --certificate-ttl: %w", err)
 	}
 	return a, nil
 }
 
-func printToken(s settings, log *slog.Logger, stdout io.Writer) error {
-	a, err := s.authority(log, nil)
+// store is where the authority's files are.
+func (s settings) store(cluster *kube.Cluster) authority.Store {
+	if s.authorityDir == "" {
+		return cluster.Secret()
+	}
+	return authority.Folder(s.authorityDir)
+}
+
+// rotateRoot makes one step and says what comes next.
+func rotateRoot(ctx context.Context, s settings, cluster *kube.Cluster, stdout io.Writer) error {
+	store := s.store(cluster)
+	files, err := store.Load(ctx)
+	if err != nil {
+		return fmt.Errorf("--rotate-root: %s: %w", store, err)
+	}
+	next, step, err := authority.Rotate(files, s.trustDomain, s.certificateTTL, time.Now())
+	if err == nil {
+		err = store.Replace(ctx, files, next)
+	}
+	if err != nil {
+		return fmt.Errorf("--rotate-root: %s: %w", store, err)
+	}
+	said := map[authority.Step]string{
+		authority.StepAdd:    "a new root is trusted beside the old one; in %s, when every workload has renewed its certificate, do this again, and the new root signs",
+		authority.StepSign:   "the new root signs; in %s, when no certificate of the old one is left, do this again, and the old root is no longer trusted",
+		authority.StepRemove: "the old root is no longer trusted; the exchange is complete",
+	}[step]
+	if strings.Contains(said, "%s") {
+		said = fmt.Sprintf(said, s.certificateTTL)
+	}
+	if _, err := fmt.Fprintf(stdout, "%s: %s: %s\n", store, step, said); err != nil {
+		return fmt.Errorf("say which step it was: %w", err)
+	}
+	return nil
+}
+
+func printToken(ctx context.Context, s settings, log *slog.Logger, stdout io.Writer) error {
+	a, err := s.authority(ctx, nil, log, nil)
 	if err != nil {
 		return err
 	}
@@ -188,16 +349,33 @@ func printToken(s settings, log *slog.Logger, stdout io.Writer) error {
 	return nil
 }
 
-// window is what the admin endpoint shows.
-func window(log *slog.Logger, g prometheus.Gatherer, loop *rebuild.Loop, server *discovery.Server) admin.Options {
-	return admin.Options{
-		Log: log, Gatherer: g,
-		Ready: func() error {
-			if loop.State() == nil {
-				return errors.New("no mesh has been built yet")
+// ready says what is missing before a mesh is served.
+func ready(cluster *kube.Cluster, loop *rebuild.Loop) func() error {
+	return func() error {
+		if cluster != nil {
+			if err := cluster.Source().Ready(); err != nil {
+				return err
 			}
-			return nil
-		},
+		}
+		if loop.State() == nil {
+			return errors.New("no mesh has been built yet")
+		}
+		return nil
+	}
+}
+
+// health is what those may see who are not on this machine.
+func health(o admin.Options) http.Handler {
+	mux := http.NewServeMux()
+	program.Operate(mux, o.Ready, o.Gatherer, o.Log)
+	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) { program.Answer(w, o.Log, http.StatusOK, "ok\n") })
+	return mux
+}
+
+// window is what the admin endpoint shows.
+func window(log *slog.Logger, g prometheus.Gatherer, ready func() error, loop *rebuild.Loop, server *discovery.Server) admin.Options {
+	return admin.Options{
+		Log: log, Gatherer: g, Ready: ready,
 		Mesh: func() *mesh.Mesh {
 			if s := loop.State(); s != nil {
 				return s.Mesh
@@ -296,8 +474,12 @@ func dump(sets map[xds.DataPlane]*xds.Set) (map[xds.DataPlane]map[string][]xds.D
 // errProblems ends a dry run with exit code 1.
 var errProblems = errors.New("the configuration has problems")
 
-func dryRun(source *manifests.Source, trustDomain string, stdout, stderr io.Writer) error {
-	state := rebuild.Build(source, trustDomain)
+func dryRun(s settings, log *slog.Logger, stdout, stderr io.Writer) error {
+	source, err := s.folder(log)
+	if err != nil {
+		return err
+	}
+	state := rebuild.Build(source, s.trustDomain)
 	sets := map[xds.DataPlane]*xds.Set{}
 	for _, dp := range xds.DataPlanes() {
 		set, err := xds.Build(state.Mesh, dp, nil)

@@ -22,11 +22,13 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/outrigger-mesh/outrigger/deploy/testbed"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { testbed.Main(m, func(s *testbed.Server) { server = s }) }
 
-func certificate(t *testing.T) (certFile, keyFile string, pool *x509.CertPool) {
+func certFiles(t *testing.T) (certFile, keyFile string, pool *x509.CertPool) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -58,7 +60,8 @@ func certificate(t *testing.T) (certFile, keyFile string, pool *x509.CertPool) {
 // The whole program: a review over HTTPS is answered with a patch and counted,
 // readiness and metrics are on the other port, and it ends when told to.
 func TestProgram(t *testing.T) {
-	certFile, keyFile, pool := certificate(t)
+	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	certFile, keyFile, pool := certFiles(t)
 	conf, err := parse([]string{"--listen=127.0.0.1:0", "--admin-address=127.0.0.1:0", "--tls-cert=" + certFile, "--tls-key=" + keyFile, "--image=outrigger/sidecar:1", "--control-plane=cp.outrigger-system:15012"}, io.Discard, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +133,7 @@ func TestFlags(t *testing.T) {
 	f("-nope", "--nope")
 	f(`"much" is not a positive quantity`, "--proxy-cpu=much")
 	f(`pull policy "Sometimes"`, "--image-pull-policy=Sometimes")
-	if _, err := parse(ok[2:], io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), "--tls-cert and --tls-key are required") {
+	if _, err := parse(ok[2:], io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), "--tls-cert and --tls-key are required, or --self-signed") {
 		t.Errorf("no certificate: %v", err)
 	}
 	if _, err := parse(ok[:3], io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), `control plane ""`) {

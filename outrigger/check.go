@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/outrigger-mesh/outrigger/deploy/chart"
-	"github.com/outrigger-mesh/outrigger/outrigger/cluster"
+	"github.com/outrigger-mesh/outrigger/outrigger/installation"
 	"github.com/outrigger-mesh/outrigger/program"
 )
 
@@ -48,7 +48,7 @@ something did, or the cluster could not be asked.`,
 			} else {
 				report.print(c.stdout)
 			}
-			if n := report.count(cluster.Failure); n > 0 || strict && report.count(cluster.Warning) > 0 {
+			if n := report.count(installation.Failure); n > 0 || strict && report.count(installation.Warning) > 0 {
 				return errNotWell
 			}
 			return nil
@@ -68,8 +68,8 @@ something did, or the cluster could not be asked.`,
 
 // report is what check says.
 type report struct {
-	Cluster      []cluster.Finding `json:"cluster"`
-	Installation []cluster.Finding `json:"installation,omitempty"`
+	Cluster      []installation.Finding `json:"cluster"`
+	Installation []installation.Finding `json:"installation,omitempty"`
 	// Installed is its version; empty where there is none.
 	Installed string `json:"installed,omitempty"`
 }
@@ -100,7 +100,7 @@ func (c *cli) look(ctx context.Context, r reach, ch choice, before bool, warning
 		}
 		values = chart.Merge(kept, values)
 	}
-	rel, err := chart.Render(ctx, values, chart.Options{Namespace: r.namespace, Version: ch.version, KubeVersion: version, ManagedBy: cluster.Manager})
+	rel, err := chart.Render(ctx, values, chart.Options{Namespace: r.namespace, Version: ch.version, KubeVersion: version, ManagedBy: installation.Manager})
 	if err != nil {
 		return out, err
 	}
@@ -113,7 +113,7 @@ func (c *cli) look(ctx context.Context, r reach, ch choice, before bool, warning
 	return out, nil
 }
 
-func (r report) count(l cluster.Level) (n int) {
+func (r report) count(l installation.Level) (n int) {
 	for _, f := range append(r.Cluster, r.Installation...) {
 		if f.Level == l {
 			n++
@@ -124,7 +124,7 @@ func (r report) count(l cluster.Level) (n int) {
 
 // print is for people: a line a finding, and what mends it below.
 func (r report) print(w io.Writer) {
-	section := func(title string, findings []cluster.Finding) {
+	section := func(title string, findings []installation.Finding) {
 		fmt.Fprintln(w, title)
 		for _, f := range findings {
 			fmt.Fprintf(w, "  %-7s  %-26s %s\n", f.Level, f.Check, f.Text)
@@ -139,5 +139,5 @@ func (r report) print(w io.Writer) {
 	} else {
 		fmt.Fprintln(w, "outrigger is not installed")
 	}
-	fmt.Fprintf(w, "%d ok, %d warnings, %d failures\n", r.count(cluster.OK), r.count(cluster.Warning), r.count(cluster.Failure))
+	fmt.Fprintf(w, "%d ok, %d warnings, %d failures\n", r.count(installation.OK), r.count(installation.Warning), r.count(installation.Failure))
 }

@@ -28,7 +28,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/outrigger-mesh/outrigger/outrigger/cluster"
+	"github.com/outrigger-mesh/outrigger/outrigger/installation"
 )
 
 // authority signs certificates for one test.
@@ -102,19 +102,19 @@ func fakeInjector(t *testing.T, a *testAuthority) string {
 }
 
 // found runs check and returns its findings by name.
-func (r *rig) found(args ...string) (map[string]cluster.Finding, error) {
+func (r *rig) found(args ...string) (map[string]installation.Finding, error) {
 	r.t.Helper()
 	out, diag, err := r.run(append([]string{"check", "-o", "json", "--release", "v1.4.0"}, args...)...)
 	var rep report
 	if e := json.Unmarshal([]byte(out), &rep); e != nil {
 		r.t.Fatalf("%v: %v\n%s%s", e, err, out, diag)
 	}
-	m := map[string]cluster.Finding{}
+	m := map[string]installation.Finding{}
 	for _, f := range append(rep.Cluster, rep.Installation...) {
-		if old, ok := m[f.Check]; !ok || old.Level == cluster.OK {
+		if old, ok := m[f.Check]; !ok || old.Level == installation.OK {
 			m[f.Check] = f
 		}
-		if (f.Level == cluster.OK) != (f.Remedy == "") {
+		if (f.Level == installation.OK) != (f.Remedy == "") {
 			r.t.Errorf("%s is %s, and its remedy is %q", f.Check, f.Level, f.Remedy)
 		}
 	}
@@ -122,7 +122,7 @@ func (r *rig) found(args ...string) (map[string]cluster.Finding, error) {
 }
 
 // expect fails unless the check has that level and all words.
-func (r *rig) expect(m map[string]cluster.Finding, check string, level cluster.Level, words ...string) {
+func (r *rig) expect(m map[string]installation.Finding, check string, level installation.Level, words ...string) {
 	r.t.Helper()
 	f, ok := m[check]
 	if !ok || f.Level != level {
@@ -171,12 +171,12 @@ func TestCheckBefore(t *testing.T) {
 	if err != nil {
 		t.Errorf("err = %v", err)
 	}
-	r.expect(m, "kubernetes", cluster.OK, "v1.")
-	r.expect(m, "native sidecars", cluster.OK)
-	r.expect(m, "permissions", cluster.OK)
-	r.expect(m, "pod security", cluster.OK)
-	r.expect(m, "other meshes", cluster.OK)
-	r.expect(m, "gateway api", cluster.Warning, "kubectl apply")
+	r.expect(m, "kubernetes", installation.OK, "v1.")
+	r.expect(m, "native sidecars", installation.OK)
+	r.expect(m, "permissions", installation.OK)
+	r.expect(m, "pod security", installation.OK)
+	r.expect(m, "other meshes", installation.OK)
+	r.expect(m, "gateway api", installation.Warning, "kubectl apply")
 	if _, ok := m["control-plane"]; ok {
 		t.Error("it looked at an installation that is not there")
 	}
@@ -199,10 +199,10 @@ func TestCheckBefore(t *testing.T) {
 	if err == nil {
 		t.Error("exit code 0 with failures")
 	}
-	r.expect(m, "pod security", cluster.Failure, ns.Name+" (restricted)", "cni.enabled=true")
-	r.expect(m, "other meshes", cluster.Failure, ns.Name)
+	r.expect(m, "pod security", installation.Failure, ns.Name+" (restricted)", "cni.enabled=true")
+	r.expect(m, "other meshes", installation.Failure, ns.Name)
 	m, _ = r.found("--set", "cni.enabled=true")
-	r.expect(m, "pod security", cluster.OK)
+	r.expect(m, "pod security", installation.OK)
 
 	// Somebody who may do nothing: of these servers nobody fills the role view.
 	binding := &rbacv1.ClusterRoleBinding{
@@ -218,9 +218,9 @@ func TestCheckBefore(t *testing.T) {
 		}
 	})
 	m = r.as("viewer").foundAnyway()
-	r.expect(m, "permissions", cluster.Failure, "create deployments.apps", "cluster administrator")
-	r.expect(m, "other meshes", cluster.Warning, "could not be looked at")
-	r.expect(m, "installation", cluster.Warning, "forbidden")
+	r.expect(m, "permissions", installation.Failure, "create deployments.apps", "cluster administrator")
+	r.expect(m, "other meshes", installation.Warning, "could not be looked at")
+	r.expect(m, "installation", installation.Warning, "forbidden")
 }
 
 // as is the rig for another user.
@@ -233,7 +233,7 @@ func (r *rig) as(user string) *rig {
 	return &other
 }
 
-func (r *rig) foundAnyway() map[string]cluster.Finding {
+func (r *rig) foundAnyway() map[string]installation.Finding {
 	r.t.Helper()
 	m, _ := r.found()
 	return m
@@ -258,7 +258,7 @@ func TestCheckAfter(t *testing.T) {
 		})
 	}
 	well()
-	var m map[string]cluster.Finding
+	var m map[string]installation.Finding
 	eventually(t, func() bool {
 		var err error
 		m, err = r.found()
@@ -268,7 +268,7 @@ func TestCheckAfter(t *testing.T) {
 		"version", "control-plane", "injector", "collector", "crd circuitbreakers", "crd retrypolicies", "crd authorizationpolicies",
 		"authority", "roots", "webhook", "webhook certificate", "webhook reachable", "sidecars",
 	} {
-		r.expect(m, check, cluster.OK)
+		r.expect(m, check, installation.OK)
 	}
 	out, _, err := r.run("check", "--release", "v1.4.0")
 	if err != nil || !strings.Contains(out, "0 failures") || !strings.Contains(out, "installation\n") {
@@ -281,79 +281,79 @@ func TestCheckAfter(t *testing.T) {
 		name  string
 		spoil func()
 		check string
-		level cluster.Level
+		level installation.Level
 		words []string
 	}{
-		{"the authority ends soon", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": short.pem, "root.crt": short.pem}) }, "authority", cluster.Warning, []string{"ends in 4 days", "--rotate-root"}},
-		{"the authority has ended", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": ended.pem, "root.crt": ended.pem}) }, "authority", cluster.Failure, []string{"ended on"}},
-		{"the roots are another's", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": ca.pem, "root.crt": short.pem}) }, "authority", cluster.Failure, []string{"does not belong to the roots"}},
-		{"the authority is garbage", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": []byte("x")}) }, "authority", cluster.Failure, []string{"there is no certificate"}},
+		{"the authority ends soon", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": short.pem, "root.crt": short.pem}) }, "authority", installation.Warning, []string{"ends in 4 days", "--rotate-root"}},
+		{"the authority has ended", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": ended.pem, "root.crt": ended.pem}) }, "authority", installation.Failure, []string{"ended on"}},
+		{"the roots are another's", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": ca.pem, "root.crt": short.pem}) }, "authority", installation.Failure, []string{"does not belong to the roots"}},
+		{"the authority is garbage", func() { r.secret("outrigger-authority", map[string][]byte{"ca.crt": []byte("x")}) }, "authority", installation.Failure, []string{"there is no certificate"}},
 		{"no authority", func() {
 			if err := r.kube.CoreV1().Secrets(r.namespace).Delete(t.Context(), "outrigger-authority", metav1.DeleteOptions{}); err != nil {
 				t.Fatal(err)
 			}
-		}, "authority", cluster.Failure, []string{"is not there"}},
+		}, "authority", installation.Failure, []string{"is not there"}},
 		{"the serving certificate has ended", func() {
 			cert, _ := ca.leaf(-time.Minute)
 			r.secret("outrigger-injector-certificate", map[string][]byte{"tls.crt": cert})
-		}, "webhook certificate", cluster.Failure, []string{"ended on", "rollout restart"}},
+		}, "webhook certificate", installation.Failure, []string{"ended on", "rollout restart"}},
 		{"the serving certificate is another's", func() {
 			cert, _ := short.leaf(time.Hour)
 			r.secret("outrigger-injector-certificate", map[string][]byte{"tls.crt": cert})
-		}, "webhook certificate", cluster.Failure, []string{"cannot verify the injector"}},
+		}, "webhook certificate", installation.Failure, []string{"cannot verify the injector"}},
 		{"no caBundle", func() {
 			r.hooks(func(h *admissionregistrationv1.MutatingWebhook) { h.ClientConfig.CABundle = nil })
-		}, "webhook", cluster.Failure, []string{"there is no certificate"}},
+		}, "webhook", installation.Failure, []string{"there is no certificate"}},
 		{"the injector does not answer", func() {
 			nowhere := "https://127.0.0.1:1/mutate"
 			r.hooks(func(h *admissionregistrationv1.MutatingWebhook) { h.ClientConfig.URL = &nowhere })
-		}, "webhook reachable", cluster.Failure, []string{"failed calling webhook", "15017"}},
+		}, "webhook reachable", installation.Failure, []string{"failed calling webhook", "15017"}},
 		{"it does not answer, and that is ignored", func() {
 			nowhere, ignore := "https://127.0.0.1:1/mutate", admissionregistrationv1.Ignore
 			r.hooks(func(h *admissionregistrationv1.MutatingWebhook) {
 				h.ClientConfig.URL, h.FailurePolicy = &nowhere, &ignore
 			})
-		}, "webhook reachable", cluster.Failure, []string{"runs without"}},
+		}, "webhook reachable", installation.Failure, []string{"runs without"}},
 		{"the selectors take nobody", func() {
 			fail := admissionregistrationv1.Fail
 			r.hooks(func(h *admissionregistrationv1.MutatingWebhook) {
 				h.FailurePolicy = &fail
 				h.ObjectSelector = &metav1.LabelSelector{MatchLabels: map[string]string{"never": "ever"}}
 			})
-		}, "webhook reachable", cluster.Failure, []string{"was not sent"}},
+		}, "webhook reachable", installation.Failure, []string{"was not sent"}},
 		{"an old sidecar", func() {
 			r.pod("old", "outrigger/sidecar:v1.3.0")
 			roots := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "outrigger-roots"}, Data: map[string]string{"root.crt": string(ca.pem)}}
 			if _, err := r.kube.CoreV1().ConfigMaps(r.namespace+"-apps").Create(t.Context(), roots, metav1.CreateOptions{}); err != nil {
 				t.Fatal(err)
 			}
-		}, "sidecars", cluster.Warning, []string{"older version", "deployment/old"}},
+		}, "sidecars", installation.Warning, []string{"older version", "deployment/old"}},
 		{"a pod without the roots", func() {
 			if err := r.kube.CoreV1().ConfigMaps(r.namespace+"-apps").Delete(t.Context(), "outrigger-roots", metav1.DeleteOptions{}); err != nil {
 				t.Fatal(err)
 			}
-		}, "roots", cluster.Failure, []string{r.namespace + "-apps"}},
-		{"a sidecar that is too old", func() { r.pod("older", "outrigger/sidecar:v1.0.9") }, "sidecars", cluster.Failure, []string{"more than 3", "deployment/older"}},
+		}, "roots", installation.Failure, []string{r.namespace + "-apps"}},
+		{"a sidecar that is too old", func() { r.pod("older", "outrigger/sidecar:v1.0.9") }, "sidecars", installation.Failure, []string{"more than 3", "deployment/older"}},
 		{"an older program", func() {
 			if _, err := r.kube.CoreV1().ConfigMaps(r.namespace).Patch(t.Context(), "outrigger-installation", types.MergePatchType, []byte(`{"data":{"version":"v1.3.0"}}`), metav1.PatchOptions{}); err != nil {
 				t.Fatal(err)
 			}
-		}, "version", cluster.Warning, []string{"outrigger upgrade"}},
+		}, "version", installation.Warning, []string{"outrigger upgrade"}},
 		{"a CRD of another version", func() {
 			crds := apiextensionsclient.NewForConfigOrDie(server.Config).ApiextensionsV1().CustomResourceDefinitions()
 			if _, err := crds.Patch(t.Context(), "retrypolicies.outrigger.dev", types.JSONPatchType, []byte(`[{"op":"remove","path":"/spec/names/shortNames"}]`), metav1.PatchOptions{}); err != nil {
 				t.Fatal(err)
 			}
-		}, "crd retrypolicies", cluster.Failure, []string{"another version"}},
+		}, "crd retrypolicies", installation.Failure, []string{"another version"}},
 	} {
 		well()
 		c.spoil()
 		// The API server learns of webhooks with a little delay.
 		t.Log(c.name)
-		var m map[string]cluster.Finding
+		var m map[string]installation.Finding
 		var err error
 		eventually(t, func() bool { m, err = r.found(); return m[c.check].Level == c.level })
-		if (err != nil) != (c.level == cluster.Failure) && c.name != "an older program" {
+		if (err != nil) != (c.level == installation.Failure) && c.name != "an older program" {
 			t.Errorf("%s: exit %v", c.name, err)
 		}
 		r.expect(m, c.check, c.level, c.words...)
@@ -362,7 +362,7 @@ func TestCheckAfter(t *testing.T) {
 	if err := r.kube.AppsV1().Deployments(r.namespace).Delete(t.Context(), "outrigger-injector", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r.expect(r.foundAnyway(), "injector", cluster.Failure, "is not there", "outrigger upgrade")
+	r.expect(r.foundAnyway(), "injector", installation.Failure, "is not there", "outrigger upgrade")
 }
 
 // eventually waits for what the API server does in its own time.
@@ -378,7 +378,7 @@ func eventually(t *testing.T, f func() bool) {
 
 func TestReportIsForPeople(t *testing.T) {
 	var b bytes.Buffer
-	report{Cluster: []cluster.Finding{{Check: "kubernetes", Level: cluster.OK, Text: "v1.37.2"}, {Check: "pod security", Level: cluster.Failure, Text: "shop is strict", Remedy: "one\ntwo"}}}.print(&b)
+	report{Cluster: []installation.Finding{{Check: "kubernetes", Level: installation.OK, Text: "v1.37.2"}, {Check: "pod security", Level: installation.Failure, Text: "shop is strict", Remedy: "one\ntwo"}}}.print(&b)
 	want := "cluster\n  ok       kubernetes                 v1.37.2\n  failure  pod security               shop is strict\n           -> one\n           -> two\noutrigger is not installed\n1 ok, 0 warnings, 1 failures\n"
 	if b.String() != want {
 		t.Errorf("got\n%swant\n%s", &b, want)

@@ -15,7 +15,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/deploy/chart"
 	"github.com/outrigger-mesh/outrigger/deploy/profiles"
-	"github.com/outrigger-mesh/outrigger/outrigger/cluster"
+	"github.com/outrigger-mesh/outrigger/outrigger/installation"
 	"github.com/outrigger-mesh/outrigger/program"
 )
 
@@ -28,11 +28,11 @@ type reach struct{ kubeconfig, context, namespace string }
 func (r *reach) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&r.kubeconfig, "kubeconfig", "", "file that says how to reach the cluster; empty: as kubectl finds it")
 	cmd.Flags().StringVar(&r.context, "context", "", "context of the kubeconfig; empty: the current one")
-	cmd.Flags().StringVarP(&r.namespace, "namespace", "n", cluster.Namespace, "namespace of the control plane")
+	cmd.Flags().StringVarP(&r.namespace, "namespace", "n", installation.Namespace, "namespace of the control plane")
 }
 
-func (r *reach) connect(warnings io.Writer) (*cluster.Client, error) {
-	return cluster.Connect(r.kubeconfig, r.context, warnings)
+func (r *reach) connect(warnings io.Writer) (*installation.Client, error) {
+	return installation.Connect(r.kubeconfig, r.context, warnings)
 }
 
 // choice is which release is wanted.
@@ -116,31 +116,31 @@ func (c *cli) readValues(name string) ([]byte, error) {
 }
 
 // plan renders the release with the user's values.
-func plan(ctx context.Context, client *cluster.Client, r reach, ch choice, values map[string]any, upgrade bool, out io.Writer) (cluster.Plan, error) {
+func plan(ctx context.Context, client *installation.Client, r reach, ch choice, values map[string]any, upgrade bool, out io.Writer) (installation.Plan, error) {
 	kube, err := client.Version()
 	if err != nil {
-		return cluster.Plan{}, err
+		return installation.Plan{}, err
 	}
-	if err := cluster.Supported(kube); err != nil {
-		return cluster.Plan{}, err
+	if err := installation.Supported(kube); err != nil {
+		return installation.Plan{}, err
 	}
 	text, err := yaml.Marshal(values)
 	if err != nil {
-		return cluster.Plan{}, fmt.Errorf("values: %w", err)
+		return installation.Plan{}, fmt.Errorf("values: %w", err)
 	}
 	all := chart.Merge(values, map[string]any{"namespace": map[string]any{"create": true}})
-	rel, err := chart.Render(ctx, all, chart.Options{Namespace: r.namespace, Version: ch.version, KubeVersion: kube, ManagedBy: cluster.Manager, Upgrade: upgrade})
+	rel, err := chart.Render(ctx, all, chart.Options{Namespace: r.namespace, Version: ch.version, KubeVersion: kube, ManagedBy: installation.Manager, Upgrade: upgrade})
 	if err != nil {
-		return cluster.Plan{}, err
+		return installation.Plan{}, err
 	}
-	return cluster.Plan{
+	return installation.Plan{
 		Release: rel, Namespace: r.namespace, Profile: ch.profile, Values: string(text), DryRun: ch.dryRun, Wait: ch.wait, Out: out,
 	}, nil
 }
 
 // carryOut applies a plan within its time. What happens goes to standard error,
 // so that the objects of a dry run can be piped on.
-func (c *cli) carryOut(ctx context.Context, client *cluster.Client, p cluster.Plan, ch choice) error {
+func (c *cli) carryOut(ctx context.Context, client *installation.Client, p installation.Plan, ch choice) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, ch.timeout, fmt.Errorf("%s have passed (--timeout)", ch.timeout))
 	defer cancel()
 	if p.DryRun {
@@ -242,7 +242,7 @@ It refuses to go back, and to go more than three minor versions at once.`,
 			if err := in.ByOther(); err != nil {
 				return err
 			}
-			if err := cluster.Step(in.Version, ch.version); err != nil {
+			if err := installation.Step(in.Version, ch.version); err != nil {
 				return err
 			}
 			if !oldSidecars {
@@ -309,7 +309,7 @@ sidecars until they are restarted; they are listed.`,
 			if err := in.ByOther(); err != nil {
 				return err
 			}
-			removal := cluster.Removal{Namespace: r.namespace, KeepNamespace: keep, DryRun: dryRun, Out: cmd.ErrOrStderr()}
+			removal := installation.Removal{Namespace: r.namespace, KeepNamespace: keep, DryRun: dryRun, Out: cmd.ErrOrStderr()}
 			if crds {
 				rel, err := chart.Render(ctx, nil, chart.Options{Namespace: r.namespace, KubeVersion: minimum})
 				if err != nil {

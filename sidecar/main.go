@@ -12,12 +12,14 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/run"
@@ -47,6 +49,9 @@ type config struct {
 	admin, metrics, health string
 	stateDir               string
 	drainTimeout           time.Duration
+	drainMinimum           time.Duration
+	exitWhenAlone          bool
+	probes                 map[string]bootstrap.Probe
 	readyTimeout           time.Duration
 	otlpEndpoint           string
 	otlpRatio              float64
@@ -84,11 +89,18 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 		c.Inbounds = append(c.Inbounds, in)
 		return err
 	})
+	fs.BoolVar(&c.Capture, "capture", false, "serve the pod's traffic that netinit redirects to ports "+strconv.Itoa(bootstrap.PortOutbound)+" and "+strconv.Itoa(bootstrap.PortInbound)+"; what is asked of callers is then said by the control plane. Needs --pod-ips")
+	fs.Func("pod-ips", "addresses of the pod, separated by commas, as the downward API's status.podIPs says them", func(s string) (err error) {
+		c.Addresses, err = parseAddresses(s)
+		return err
+	})
+	fs.BoolVar(&c.exitWhenAlone, "exit-when-alone", false, "drain and end once processes of other containers have been seen and all have gone, so that a Job completes; for a pod with shareProcessNamespace")
 	fs.StringVar(&c.admin, "admin-address", loopback(bootstrap.PortAdmin), "admin interface; keep it on loopback. Empty: none")
 	fs.StringVar(&c.metrics, "metrics-address", loopback(bootstrap.PortMetrics), "Prometheus metrics. Empty: none")
 	fs.StringVar(&c.health, "health-address", loopback(bootstrap.PortHealth), "readiness. Empty: none")
 	fs.StringVar(&c.stateDir, "state-dir", "", "folder for the last good configuration, from which a restart without control plane starts. Empty: none")
 	fs.DurationVar(&c.drainTimeout, "drain-timeout", 10*time.Second, "how long requests in flight may take after SIGTERM")
+	fs.DurationVar(&c.drainMinimum, "drain-minimum", 0, "with --capture: how long after SIGTERM connections are accepted at least, for an application that ends at the same time; not more than --drain-timeout")
 	fs.DurationVar(&c.readyTimeout, "ready-timeout", 0, "give up when not configured by then; 0 waits for ever, not ready")
 	fs.StringVar(&c.otlpEndpoint, "otlp-endpoint", "", "OTLP/HTTP endpoint for spans, for example http://127.0.0.1:4318. Empty: none")
 	fs.Float64Var(&c.otlpRatio, "trace-ratio", 0.01, "share of the traces that begin here and are sampled, 0 to 1")
@@ -121,16 +133,50 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 		return c, fmt.Errorf("--mtls %s needs a certificate: give --control-plane-ca and --join-token-file", c.MTLS)
 	case !c.hasIdentity() && c.sds != "":
 		return c, fmt.Errorf("--sds-address %s needs a certificate: give --control-plane-ca and --join-token-file", c.sds)
+	case c.Capture && len(c.Addresses) == 0:
+		return c, errors.New("--capture needs --pod-ips: only what was sent to the pod's own addresses is served; give it status.podIPs of the downward API")
+	case c.Capture && len(c.Inbounds) > 0:
+		return c, errors.New("--capture and --inbound: the pod's ports are served as the control plane says; leave --inbound out")
+	case c.Capture && c.MTLS != "":
+		return c, fmt.Errorf("--mtls %s with --capture: what is asked of callers is said by the control plane; set the annotation outrigger.dev/mtls of the pod or the label of its namespace", c.MTLS)
+	case c.Capture:
 	case c.MTLS == "" && c.hasIdentity():
 		c.MTLS = bootstrap.MTLSPermissive
 	case c.MTLS == "":
 		c.MTLS = bootstrap.MTLSOff
+	}
+	if c.drainMinimum < 0 || c.drainMinimum > c.drainTimeout {
+		return c, fmt.Errorf("--drain-minimum %s is not between 0 and --drain-timeout %s", c.drainMinimum, c.drainTimeout)
+	}
+	if c.probes, err = bootstrap.ParseProbes(os.Getenv(bootstrap.EnvProbes)); err != nil {
+		return c, err
+	}
+	if len(c.probes) > 0 && len(c.Addresses) == 0 {
+		return c, fmt.Errorf("%s needs --pod-ips: probes are made at the pod's own address", bootstrap.EnvProbes)
 	}
 	c.ControlPlaneTLS = c.controlPlaneCA != ""
 	if c.otlpRatio < 0 || c.otlpRatio > 1 {
 		return c, fmt.Errorf("--trace-ratio %v is not a share: write a number from 0 to 1", c.otlpRatio)
 	}
 	return c, c.Validate()
+}
+
+// maxAddresses of a pod: one a family, and room for what may come.
+const maxAddresses = 16
+
+func parseAddresses(s string) ([]netip.Addr, error) {
+	var out []netip.Addr
+	for one := range strings.SplitSeq(s, ",") {
+		a, err := netip.ParseAddr(strings.TrimSpace(one))
+		if err != nil || a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.Zone() != "" {
+			return nil, fmt.Errorf("%q is no address of a pod: write addresses separated by commas, for example 10.0.0.7,fd00::7", one)
+		}
+		out = append(out, a.Unmap())
+	}
+	if len(out) > maxAddresses {
+		return nil, fmt.Errorf("%d addresses: a pod has at most %d", len(out), maxAddresses)
+	}
+	return out, nil
 }
 
 // collectAt keeps the heap of an idle sidecar small: it collects when the heap
@@ -191,10 +237,27 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		clusters.Secure = func(to *table.TLS, protocols ...string) *tls.Config {
 			return who.Client(to.Identities, to.ServerName, protocols...)
 		}
-		if cfg.MTLS != bootstrap.MTLSOff {
+		if cfg.MTLS != bootstrap.MTLSOff { // with --capture it is the control plane that says how it is used
 			carrier.Mutual = &proxy.Mutual{
 				Config: who.Server(), Peer: mtls.PeerID, IsMesh: mtls.IsMesh, Self: who.ID(), Strict: cfg.MTLS == bootstrap.MTLSStrict,
 			}
+		}
+	}
+
+	var captor *proxy.Capture // nil without --capture
+	if cfg.Capture {
+		restored := client.Restore()
+		captor = proxy.NewCapture(carrier, client, func(destinations func() int) *telemetry.Capture { return telemetry.NewCapture(registry, destinations) })
+		captor.Restore(restored)
+	}
+	var alone *aloneWatch
+	if cfg.exitWhenAlone {
+		marker := ""
+		if cfg.stateDir != "" {
+			marker = filepath.Join(cfg.stateDir, cfg.Instance+".seen")
+		}
+		if alone, err = newAloneWatch("/proc", os.Getpid(), marker); err != nil {
+			return err
 		}
 	}
 
@@ -204,7 +267,18 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	operators := &admin.Server{
 		Table: &current, Clusters: clusters, Metrics: registry, Log: log,
 		Detected: func() any { return carrier.Detected(time.Now()) }, Control: func() any { return client.Status() }, Drain: quit, Quit: quit,
-		Ready: func() error { return readiness(client, who, conns, monitor, cfg.ControlPlane) },
+	}
+	// ready says why the sidecar is not.
+	ready := func() error {
+		if err := readiness(client, who, conns, monitor, cfg.ControlPlane); err != nil || captor == nil {
+			return err
+		}
+		return capturing(captor, current.Load(), cfg.Config)
+	}
+	operators.Ready = ready
+	if len(cfg.probes) > 0 {
+		at := cfg.Addresses[0] // as kubelet takes status.podIP
+		operators.Probes = admin.NewProbes(cfg.probes, at, proxy.SourceFor(at))
 	}
 	binder := binder{ctx: ctx}
 	defer binder.closeUnused()
@@ -215,6 +289,12 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	inbound := map[bootstrap.Inbound]*net.TCPListener{}
 	for _, in := range cfg.Inbounds {
 		inbound[in] = binder.bind(in.Listen.String(), "--inbound "+in.String())
+	}
+	var outgoing, incoming *net.TCPListener
+	if cfg.Capture {
+		// Without a host it is every address, of IPv4 alone where there is no IPv6.
+		outgoing = binder.bind(net.JoinHostPort("", strconv.Itoa(bootstrap.PortOutbound)), "--capture, outbound")
+		incoming = binder.bind(net.JoinHostPort("", strconv.Itoa(bootstrap.PortInbound)), "--capture, inbound")
 	}
 	adminListener := binder.bind(cfg.admin, "--admin-address")
 	metricsListener := binder.bind(cfg.metrics, "--metrics-address")
@@ -252,10 +332,36 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		actx, cancel := context.WithCancel(ctx)
 		g.Add(func() error { return f(actx) }, func(error) { cancel() })
 	}
+	// outlive is an actor that goes on during the drain: its failure ends the program,
+	// the end of the program does not end it.
+	outlive := func(f func(context.Context) error) {
+		failed := make(chan error, 1)
+		lateOnes.Go(func() { failed <- f(late) })
+		actor(func(ctx context.Context) error {
+			select {
+			case err := <-failed:
+				return err
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+	}
 	actor(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
-	actor(client.Run)
+	outlive(client.Run)
 	if who != nil {
-		actor(who.Run)
+		outlive(who.Run)
+	}
+	if captor != nil {
+		// What is redirected has nowhere else to go, for as long as the application lives.
+		outlive(func(ctx context.Context) error { return captor.Serve(ctx, outgoing, incoming) })
+	}
+	var completed atomic.Bool // the application has
+	if alone != nil {
+		actor(func(ctx context.Context) error {
+			err := alone.run(ctx)
+			completed.Store(err == nil)
+			return err
+		})
 	}
 	if secrets != nil {
 		actor(func(ctx context.Context) error { return sds.Serve(ctx, secrets, who, log) })
@@ -289,19 +395,26 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			case <-ctx.Done():
 				return ctx.Err()
 			case <-time.After(cfg.readyTimeout):
-				return fmt.Errorf("not configured within --ready-timeout %s: %w", cfg.readyTimeout, readiness(client, who, conns, monitor, cfg.ControlPlane))
+				return fmt.Errorf("not configured within --ready-timeout %s: %w", cfg.readyTimeout, ready())
 			}
 		})
 	}
-	log.Info("sidecar started", "service.version", program.Version(), "control_plane", cfg.ControlPlane, "upstreams", len(cfg.Upstreams), "inbounds", len(cfg.Inbounds))
+	log.Info("sidecar started", "service.version", program.Version(), "control_plane", cfg.ControlPlane, "upstreams", len(cfg.Upstreams), "inbounds", len(cfg.Inbounds), "capture", cfg.Capture)
 	for name, layers := range proxy.Layers() {
 		log.Debug("path", "direction", name, "layers", layers)
 	}
 	err = g.Run()
 
-	// Nothing new is accepted from here on.
+	// Nothing new is accepted from here on, but what is redirected here.
 	drain, stop := context.WithTimeout(context.WithoutCancel(ctx), cfg.drainTimeout)
 	defer stop()
+	if captor != nil {
+		least := cfg.drainMinimum
+		if completed.Load() {
+			least = 0
+		}
+		accept(drain, conns, least)
+	}
 	forced := conns.Drain(drain)
 	end()
 	lateOnes.Wait()
@@ -310,6 +423,30 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	}
 	log.Info("sidecar stopped", "connections_cut", forced)
 	return err
+}
+
+// accept goes on while connections are open, and for the least time given, but no
+// longer than until ctx ends.
+func accept(ctx context.Context, conns *listener.Group, least time.Duration) {
+	conns.Lame()
+	until := time.Now().Add(least)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for conns.Active() > 0 || time.Now().Before(until) {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// capturing is what a sidecar that captures is ready for beside the rest.
+func capturing(captor *proxy.Capture, t *table.Table, node bootstrap.Config) error {
+	if t.Inbound == nil {
+		return fmt.Errorf("waiting for the control plane to say what is asked of those who call: it has no %s, which it makes of the pod", node.InboundName())
+	}
+	return captor.Redirected()
 }
 
 func readiness(client *xdsclient.Client, who *mtls.Identity, conns *listener.Group, monitor *overload.Monitor, address string) error {

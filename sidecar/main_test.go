@@ -58,6 +58,16 @@ func TestBadFlagsAreNamed(t *testing.T) {
 	f(`--mtls "loud"`, quiet("--mtls=loud")...)
 	f("--sds-address", quiet("--control-plane-ca=x", "--join-token-file=x", "--sds-address=0.0.0.0:1")...)
 	f("--state-dir", quiet("--state-dir=/dev/null/x")...)
+	f("--capture needs --pod-ips", quiet("--capture")...)
+	f("10.0.0.7,fd00::7", quiet("--capture", "--pod-ips=")...)
+	f(`"127.0.0.1"`, quiet("--capture", "--pod-ips=10.0.0.7,127.0.0.1")...)
+	f("leave --inbound out", quiet("--capture", "--pod-ips=10.0.0.7", "--inbound=127.0.0.1:1=127.0.0.1:2")...)
+	f("outrigger.dev/mtls", quiet("--capture", "--pod-ips=10.0.0.7", "--control-plane-ca=x", "--join-token-file=x", "--mtls=strict")...)
+	f("--drain-minimum 1m0s", quiet("--drain-minimum=1m")...)
+	t.Setenv("OUTRIGGER_PROBES", `{"/app-health/a/livez":{"tcp":{"port":80},"timeoutSeconds":1}}`)
+	f("OUTRIGGER_PROBES needs --pod-ips", quiet()...)
+	t.Setenv("OUTRIGGER_PROBES", `{"/elsewhere":{"tcp":{"port":80},"timeoutSeconds":1}}`)
+	f("/app-health/", quiet("--pod-ips=10.0.0.7")...)
 }
 
 func TestHelpIsNoFailure(t *testing.T) {

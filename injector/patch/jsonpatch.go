@@ -12,11 +12,12 @@ import (
 	"strings"
 )
 
-// operation of RFC 6902. Only add and remove are used: add replaces a member
-// that is there (section 4.1), so it holds whether or not the other side writes
-// out an empty one.
+// operation of RFC 6902. Only add, remove and move are used: add replaces a
+// member that is there (section 4.1), so it holds whether or not the other side
+// writes out an empty one.
 type operation struct {
 	Op    string          `json:"op"`
+	From  string          `json:"from,omitempty"`
 	Path  string          `json:"path"`
 	Value json.RawMessage `json:"value,omitempty"`
 }
@@ -26,9 +27,9 @@ type operation struct {
 const maxAlign = 1 << 20
 
 // JSONPatch returns the RFC 6902 patch that makes patched of original, "[]"
-// where they are equal. It is precise: arrays are aligned by their longest
-// common subsequence, so that what is inserted costs one operation and no
-// neighbour is touched.
+// where they are equal. It is precise: arrays of named objects are aligned by
+// their names, others by their longest common subsequence, so that what is
+// inserted costs one operation and no neighbour is touched.
 //
 // Compare like with like. A pod as the API server sent it may hold fields that
 // our types do not know; give the same Go type's encoding of both, and the patch
@@ -67,7 +68,7 @@ func add(ops *[]operation, path string, v any) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	*ops = append(*ops, operation{"add", path, raw})
+	*ops = append(*ops, operation{Op: "add", Path: path, Value: raw})
 	return nil
 }
 
@@ -111,6 +112,11 @@ func diffObjects(ops *[]operation, path string, a, b map[string]any) error {
 }
 
 func diffArrays(ops *[]operation, path string, a, b []any) error {
+	if names, ok := named(a); ok {
+		if wanted, ok := named(b); ok {
+			return diffNamed(ops, path, a, b, names, wanted)
+		}
+	}
 	start := 0
 	for start < len(a) && start < len(b) && reflect.DeepEqual(a[start], b[start]) {
 		start++
@@ -120,17 +126,9 @@ func diffArrays(ops *[]operation, path string, a, b []any) error {
 		end++
 	}
 	a, b = a[start:len(a)-end], b[start:len(b)-end]
-	keep := align(a, b)
 	at := start // index in the array as it is patched so far
 	i, j := 0, 0
-	for _, pair := range append(keep, [2]int{len(a), len(b)}) {
-		// An element that only changed is patched inside; the rest goes and comes.
-		for i < pair[0] && j < pair[1] && sameThing(a[i], b[j]) {
-			if err := diff(ops, path+"/"+strconv.Itoa(at), a[i], b[j]); err != nil {
-				return err
-			}
-			i, j, at = i+1, j+1, at+1
-		}
+	for _, pair := range append(align(a, b), [2]int{len(a), len(b)}) {
 		for ; i < pair[0]; i++ {
 			*ops = append(*ops, operation{Op: "remove", Path: path + "/" + strconv.Itoa(at)})
 		}
@@ -145,12 +143,55 @@ func diffArrays(ops *[]operation, path string, a, b []any) error {
 	return nil
 }
 
-// sameThing reports whether two elements are two states of one thing: objects
-// of one name.
-func sameThing(a, b any) bool {
-	x, ok := a.(map[string]any)
-	y, also := b.(map[string]any)
-	return ok && also && x["name"] != nil && x["name"] == y["name"]
+// named returns the names of an array's elements by their index, where all are
+// objects with names that differ.
+func named(list []any) (names []string, ok bool) {
+	seen := make(map[string]bool, len(list))
+	for _, v := range list {
+		o, _ := v.(map[string]any)
+		name, _ := o["name"].(string)
+		if name == "" || seen[name] {
+			return nil, false
+		}
+		seen[name] = true
+		names = append(names, name)
+	}
+	return names, true
+}
+
+// diffNamed moves and patches what stays, whatever fields of it we do not know.
+func diffNamed(ops *[]operation, path string, a, b []any, names, wanted []string) error {
+	a, names = slices.Clone(a), slices.Clone(names) // as they are patched so far
+	stays := make(map[string]bool, len(wanted))
+	for _, name := range wanted {
+		stays[name] = true
+	}
+	for i := len(a) - 1; i >= 0; i-- {
+		if !stays[names[i]] {
+			*ops = append(*ops, operation{Op: "remove", Path: path + "/" + strconv.Itoa(i)})
+			a, names = slices.Delete(a, i, i+1), slices.Delete(names, i, i+1)
+		}
+	}
+	for j, name := range wanted {
+		to := path + "/" + strconv.Itoa(j)
+		k := slices.Index(names, name)
+		if k < 0 {
+			if err := add(ops, to, b[j]); err != nil {
+				return err
+			}
+			a, names = slices.Insert(a, j, b[j]), slices.Insert(names, j, name)
+			continue
+		}
+		if k != j {
+			*ops = append(*ops, operation{Op: "move", From: path + "/" + strconv.Itoa(k), Path: to})
+			v := a[k]
+			a, names = slices.Insert(slices.Delete(a, k, k+1), j, v), slices.Insert(slices.Delete(names, k, k+1), j, name)
+		}
+		if err := diff(ops, to, a[j], b[j]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // align returns the index pairs of a longest common subsequence.
@@ -203,19 +244,46 @@ func apply(doc any, patch []byte) (any, error) {
 	}
 	for _, op := range ops {
 		var value any
-		if op.Op == "add" {
-			var err error
+		var err error
+		switch op.Op {
+		case "add":
 			if value, err = decodeJSON(op.Value); err != nil {
 				return nil, err
 			}
+		case "move":
+			if value, err = at(doc, strings.Split(op.From, "/")[1:]); err != nil {
+				return nil, fmt.Errorf("move %s: %w", op.From, err)
+			}
+			if doc, err = applyAt(doc, strings.Split(op.From, "/")[1:], "remove", nil); err != nil {
+				return nil, fmt.Errorf("move %s: %w", op.From, err)
+			}
+			op.Op = "add"
 		}
 		if op.Path == "" {
 			doc = value
 			continue
 		}
-		var err error
 		if doc, err = applyAt(doc, strings.Split(op.Path[1:], "/"), op.Op, value); err != nil {
 			return nil, fmt.Errorf("%s %s: %w", op.Op, op.Path, err)
+		}
+	}
+	return doc, nil
+}
+
+// at is the value at a path.
+func at(doc any, path []string) (any, error) {
+	for _, token := range path {
+		switch d := doc.(type) {
+		case map[string]any:
+			doc = d[unescape(token)]
+		case []any:
+			i, err := strconv.Atoi(token)
+			if err != nil || i < 0 || i >= len(d) {
+				return nil, fmt.Errorf("%q is no index of an array of %d", token, len(d))
+			}
+			doc = d[i]
+		default:
+			return nil, fmt.Errorf("%q is in neither an object nor an array", token)
 		}
 	}
 	return doc, nil

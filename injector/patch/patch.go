@@ -13,15 +13,15 @@
 package patch
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 
+	workloads "github.com/outrigger-mesh/outrigger/control-plane/identity/workload"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
 
@@ -30,16 +30,21 @@ const (
 	// LabelInjection on a namespace or, with precedence, on a pod: enabled or disabled.
 	LabelInjection = "outrigger.dev/injection"
 
-	AnnotationProxy       = "outrigger.dev/proxy"              // outrigger; envoy is refused so far
+	AnnotationProxy       = "outrigger.dev/proxy"              // outrigger or envoy
 	AnnotationCPU         = "outrigger.dev/proxy-cpu"          // request, for example 50m
 	AnnotationMemory      = "outrigger.dev/proxy-memory"       // request, for example 64Mi
 	AnnotationCPULimit    = "outrigger.dev/proxy-cpu-limit"    // limit
 	AnnotationMemoryLimit = "outrigger.dev/proxy-memory-limit" // limit
 	AnnotationLogLevel    = "outrigger.dev/log-level"          // debug, info, warn or error
-	AnnotationMTLS        = "outrigger.dev/mtls"               // off, permissive or strict: mutual TLS of the inbound ports
+	AnnotationMTLS        = "outrigger.dev/mtls"               // off, permissive or strict: mutual TLS of those who call the pod
 	AnnotationUpstreams   = "outrigger.dev/upstreams"          // comma list of payments.shop:80=127.0.0.1:4001
 	AnnotationInbound     = "outrigger.dev/inbound"            // comma list of http:0.0.0.0:5001=127.0.0.1:8080
-	AnnotationExclude     = "outrigger.dev/exclude-ports"      // comma list of ports; nothing is captured so far
+
+	AnnotationCapture              = "outrigger.dev/capture"                // true, or false: ambassador ports only
+	AnnotationExcludeInboundPorts  = "outrigger.dev/exclude-inbound-ports"  // comma list of the pod's ports that are not captured
+	AnnotationExcludeOutboundPorts = "outrigger.dev/exclude-outbound-ports" // comma list of destination ports
+	AnnotationExcludeOutboundCIDRs = "outrigger.dev/exclude-outbound-cidrs" // comma list of destinations, for example 10.0.0.0/8
+	AnnotationIncludeOutboundCIDRs = "outrigger.dev/include-outbound-cidrs" // comma list: nothing else is captured
 )
 
 // Annotations that the injector writes.
@@ -50,24 +55,52 @@ const (
 	StatusSkipped    = "skipped"
 )
 
+// LabelEnforce on a namespace is the level of Pod Security that its pods have to
+// keep: privileged, baseline or restricted.
+const LabelEnforce = "pod-security.kubernetes.io/enforce"
+
+// SystemNamespace holds the mesh's own programs.
+const SystemNamespace = "outrigger-system"
+
 // Names inside the pod.
 const (
-	// ContainerName of the sidecar. A container of this name in the user's pod is
+	// ContainerName of the proxy. A container of this name in the user's pod is
 	// merged over ours.
 	ContainerName = "outrigger-proxy"
-	VolumeName    = "outrigger-state"
-	StateDir      = "/var/lib/outrigger"
-	// UserID of the sidecar, and its group.
+	// InitName of the init container that redirects the pod's traffic or, where a
+	// CNI plugin has done so, looks whether it is redirected.
+	InitName = "outrigger-init"
+	// AgentName of the sidecar beside an Envoy: its certificate, probes and health.
+	AgentName = "outrigger-agent"
+
+	VolumeName = "outrigger-state"
+	StateDir   = "/var/lib/outrigger"
+	// UserID of the proxy, and its group. What it sends is not captured.
 	UserID = 1337
+
+	// The token that proves the workload to the authority, and the roots by which
+	// the control plane proves itself.
+	tokenVolume, tokenDir, tokenFile = "outrigger-token", "/var/run/secrets/outrigger", "token" //nolint:gosec // names, no credentials
+	rootsVolume, rootsDir, rootsFile = "outrigger-roots", "/etc/outrigger/roots", "root.crt"
+	// RootsConfigMap is in every namespace with meshed pods.
+	RootsConfigMap = "outrigger-roots"
+	// TokenAudience of the projected token.
+	TokenAudience = "outrigger"
+	tokenSeconds  = 3600
 )
 
 // Limits of what a pod may ask for.
 const (
-	maxAnnotation = 64 << 10 // bytes of one annotation's list
+	maxList       = 64 << 10 // bytes of the annotations upstreams and inbound
+	maxAnnotation = 4 << 10  // bytes of any other annotation of ours
+	maxExclusions = 64       // items of a list of ports or CIDRs
 	stateSize     = "64Mi"
 	// startSeconds is how long a native sidecar may wait for its first
 	// configuration before kubelet restarts it.
 	startSeconds = 600
+	// holdSeconds is how long a plain sidecar container holds back the containers
+	// behind it.
+	holdSeconds = 120
 )
 
 // Namespace of the pod.
@@ -83,10 +116,15 @@ type Settings struct {
 	ControlPlane string            // host:port of the xDS server; required
 	TrustDomain  string            // the sidecar's default where empty
 	// NativeSidecar makes the sidecar an init container with restartPolicy Always
-	// (Kubernetes 1.29). Without it the sidecar is a plain container, and pods that
-	// run to completion are skipped, because they would never complete.
+	// (Kubernetes 1.29). Without it the sidecar is a plain container that ends when
+	// the pod's other containers have run to completion, which takes a process
+	// namespace that they share.
 	NativeSidecar bool
-	LogLevel      string // info where empty
+	// CNI: a plugin on the node redirects the traffic, so pods need no privilege.
+	CNI bool
+	// EnvoyImage for pods that ask for an Envoy; they are refused where it is empty.
+	EnvoyImage string
+	LogLevel   string // info where empty
 	// Resources where the pod's annotations do not say; none where empty.
 	CPU, Memory, CPULimit, MemoryLimit string
 }
@@ -95,6 +133,9 @@ type Settings struct {
 func (s Settings) Validate() error {
 	if s.Image == "" || strings.ContainsAny(s.Image, " \t\n") {
 		return fmt.Errorf("image %q is not an image reference: name the sidecar's image", s.Image)
+	}
+	if strings.ContainsAny(s.EnvoyImage, " \t\n") {
+		return fmt.Errorf("envoy image %q is not an image reference: name Envoy's image, or nothing", s.EnvoyImage)
 	}
 	switch s.PullPolicy {
 	case "", corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
@@ -133,12 +174,26 @@ type Decision struct {
 	Injected bool
 	// Reason in one sentence, always set.
 	Reason string
+	// Skipped says why a pod that asks for it is not injected; empty where it is,
+	// does not ask, or is refused.
+	Skipped Skip
 	// Warnings of things that have no effect.
 	Warnings []string
 	// Err is set where the pod asks for something that cannot be given. It must
 	// be refused: running it without the sidecar is not what it asks for.
 	Err error
 }
+
+// Skip is why a pod cannot have a proxy.
+type Skip string
+
+// The causes of a Skip.
+const (
+	SkipWindows     Skip = "windows"
+	SkipHostNetwork Skip = "host-network"
+	SkipPodSecurity Skip = "pod-security"       // the namespace's level refuses the redirection
+	SkipCompletes   Skip = "runs-to-completion" // and a plain sidecar could not notice
+)
 
 // Pod decides about a pod and injects it. It returns a deep copy, changed or
 // not; pod itself is never changed. A pod that has been injected comes back as it
@@ -153,18 +208,20 @@ func inject(pod *corev1.Pod, ns Namespace, s Settings, workload string) (*corev1
 		return out, Decision{Reason: fmt.Sprintf(format, args...)}
 	}
 	refuse := func(err error) (*corev1.Pod, Decision) {
-		return out, Decision{Reason: err.Error(), Err: err}
+		return pod.DeepCopy(), Decision{Reason: err.Error(), Err: err}
 	}
 	// skip is for pods that asked and cannot be helped.
-	skip := func(reason string) (*corev1.Pod, Decision) {
+	skip := func(cause Skip, reason string) (*corev1.Pod, Decision) {
 		annotate(out, AnnotationStatus, StatusSkipped)
 		annotate(out, AnnotationReason, reason)
-		return out, Decision{Reason: reason}
+		return out, Decision{Reason: reason, Skipped: cause, Warnings: []string{"the pod runs without the sidecar: " + reason}}
 	}
 
 	switch ns.Name {
 	case "kube-system", "kube-public", "kube-node-lease":
 		return no("namespace %s belongs to Kubernetes and is never injected", ns.Name)
+	case SystemNamespace:
+		return no("namespace %s holds the mesh's own programs and is never injected", ns.Name)
 	}
 	if _, mirror := pod.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
 		return no("a mirror pod: kubelet runs it from a file of the node")
@@ -176,51 +233,207 @@ func inject(pod *corev1.Pod, ns Namespace, s Settings, workload string) (*corev1
 	if !asked {
 		return no("%s", why)
 	}
-	if pod.Annotations[AnnotationStatus] == StatusInjected && slices.ContainsFunc(slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers), isProxy) {
-		return no("already injected")
+	if Injected(pod) {
+		changes, err := again(out)
+		if err != nil {
+			return refuse(err)
+		}
+		return out, Decision{Reason: "already injected", Warnings: changes}
 	}
-	if pod.Spec.OS != nil && pod.Spec.OS.Name == corev1.Windows {
-		return skip("windows: the sidecar runs on Linux only")
-	}
-	if pod.Spec.HostNetwork {
-		return skip("hostNetwork: the sidecar's ports would be the node's, and two such pods would collide; remove hostNetwork, or label the pod " + LabelInjection + "=disabled")
-	}
-	if !s.NativeSidecar && pod.Spec.RestartPolicy != "" && pod.Spec.RestartPolicy != corev1.RestartPolicyAlways {
-		return skip("it runs to completion, which a plain sidecar container would prevent; use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled")
+	if cause, reason := helpless(pod, s); cause != "" {
+		return skip(cause, reason)
 	}
 	wish, err := read(pod, ns, s, workload)
 	if err != nil {
 		return refuse(err)
 	}
-	container := sidecar(s, wish, workload)
+	if level := ns.Labels[LabelEnforce]; wish.capture && !s.CNI && level != "" && level != "privileged" {
+		return skip(SkipPodSecurity, fmt.Sprintf("namespace %s enforces Pod Security %q, which refuses the capability NET_ADMIN that redirecting traffic takes; install the CNI plugin of the mesh, or set the label %s=privileged on the namespace, or annotate the pod %s=false and use ambassador ports",
+			ns.Name, level, LabelEnforce, AnnotationCapture))
+	}
 	override, err := takeOverride(out)
 	if err != nil {
 		return refuse(err)
 	}
-	if override != nil {
-		merge(&container, override, s.NativeSidecar)
-	}
-	if s.NativeSidecar {
-		always := corev1.ContainerRestartPolicyAlways
-		container.RestartPolicy = &always
-		// First, so that the user's own init containers can call through it.
-		out.Spec.InitContainers = slices.Insert(out.Spec.InitContainers, 0, container)
-	} else {
-		if len(out.Spec.Containers) > 0 && out.Annotations["kubectl.kubernetes.io/default-container"] == "" {
-			annotate(out, "kubectl.kubernetes.io/default-container", out.Spec.Containers[0].Name)
-		}
-		// First: kubelet starts containers in order.
-		out.Spec.Containers = slices.Insert(out.Spec.Containers, 0, container)
-	}
-	if !slices.ContainsFunc(out.Spec.Volumes, func(v corev1.Volume) bool { return v.Name == VolumeName }) {
-		size := resource.MustParse(stateSize)
-		out.Spec.Volumes = append(out.Spec.Volumes, corev1.Volume{
-			Name: VolumeName, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{SizeLimit: &size}},
-		})
+	warn, err := build(out, s, wish, workload, override)
+	if err != nil {
+		return refuse(err)
 	}
 	annotate(out, AnnotationStatus, StatusInjected)
 	delete(out.Annotations, AnnotationReason)
-	return out, Decision{Injected: true, Reason: why, Warnings: warnings(pod)}
+	return out, Decision{Injected: true, Reason: why, Warnings: warnings(pod, wish, warn)}
+}
+
+// Injected reports whether a pod has its proxy.
+func Injected(pod *corev1.Pod) bool {
+	return pod.Annotations[AnnotationStatus] == StatusInjected && slices.ContainsFunc(slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers), isProxy)
+}
+
+// helpless says why a pod cannot have a proxy whatever its annotations say;
+// empty where it can.
+func helpless(pod *corev1.Pod, s Settings) (Skip, string) {
+	switch {
+	case pod.Spec.OS != nil && pod.Spec.OS.Name == corev1.Windows:
+		return SkipWindows, "windows: the sidecar runs on Linux only"
+	case pod.Spec.HostNetwork:
+		return SkipHostNetwork, "hostNetwork: the sidecar's ports would be the node's, and two such pods would collide; remove hostNetwork, or label the pod " + LabelInjection + "=disabled"
+	case s.NativeSidecar || !completes(pod):
+		return "", ""
+	case pod.Spec.HostPID:
+		return SkipCompletes, "hostPID: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove hostPID, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
+	case pod.Spec.ShareProcessNamespace != nil && !*pod.Spec.ShareProcessNamespace:
+		return SkipCompletes, "shareProcessNamespace is false: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove shareProcessNamespace, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
+	default:
+		return "", ""
+	}
+}
+
+// completes reports whether the pod ends when its containers have.
+func completes(pod *corev1.Pod) bool {
+	return pod.Spec.RestartPolicy != "" && pod.Spec.RestartPolicy != corev1.RestartPolicyAlways
+}
+
+// build puts the containers and volumes of the mesh into a pod that has none of
+// them.
+func build(pod *corev1.Pod, s Settings, w wish, workload string, override *corev1.Container) (warn []string, err error) {
+	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		if c.Name == InitName || c.Name == AgentName {
+			return nil, fmt.Errorf("container %s has a name that is the injector's: rename it, or remove what an earlier injection left in the manifest", c.Name)
+		}
+	}
+	proxy := sidecar(s, w, workload)
+	told := &proxy // the one that probes are led to
+	var agent *corev1.Container
+	if w.envoy {
+		a, e := envoy(s, w, proxy)
+		proxy, agent, told = e, &a, &a
+	}
+	if w.capture {
+		if err := usersClash(pod); err != nil {
+			return nil, err
+		}
+		if override != nil && override.SecurityContext != nil && override.SecurityContext.RunAsUser != nil && *override.SecurityContext.RunAsUser != UserID {
+			return nil, fmt.Errorf("container %s: securityContext.runAsUser is %d: what the proxy sends is told from what the application sends by user %d; remove it", ContainerName, *override.SecurityContext.RunAsUser, UserID)
+		}
+		probes := map[string]bootstrap.Probe{}
+		warn = leadProbes(pod, probes)
+		if err := tellProbes(told, probes); err != nil {
+			return nil, err
+		}
+	}
+	if override != nil {
+		merge(&proxy, override, s.NativeSidecar)
+	}
+	if w.capture {
+		pod.Spec.InitContainers = append(pod.Spec.InitContainers, redirect(s, w))
+	}
+	if s.NativeSidecar {
+		always := corev1.ContainerRestartPolicyAlways
+		if agent != nil {
+			agent.RestartPolicy = &always
+			pod.Spec.InitContainers = append(pod.Spec.InitContainers, *agent)
+		}
+		proxy.RestartPolicy = &always
+		pod.Spec.InitContainers = append(pod.Spec.InitContainers, proxy)
+	} else {
+		if len(pod.Spec.Containers) > 0 && pod.Annotations["kubectl.kubernetes.io/default-container"] == "" {
+			annotate(pod, "kubectl.kubernetes.io/default-container", pod.Spec.Containers[0].Name)
+		}
+		if w.completes {
+			yes := true
+			pod.Spec.ShareProcessNamespace = &yes
+		}
+		pod.Spec.Containers = append(pod.Spec.Containers, proxy)
+	}
+	arrange(pod)
+	for _, v := range volumes(w) {
+		// One of the same name is the user's word, as a container of ours is.
+		if !slices.ContainsFunc(pod.Spec.Volumes, func(o corev1.Volume) bool { return o.Name == v.Name }) {
+			pod.Spec.Volumes = append(pod.Spec.Volumes, v)
+		}
+	}
+	return warn, nil
+}
+
+// arrange puts our containers where they belong, whoever has come between since.
+// A native sidecar comes first, so that the user's init containers can call
+// through it, and the redirection right before it: between the two nobody could
+// call anyone. A plain one comes first among the containers, which kubelet starts
+// in their order, and the redirection last among the init containers, which would
+// call into the void behind it; a check has nothing to wait for.
+func arrange(pod *corev1.Pod) {
+	rank := func(c corev1.Container) int {
+		switch {
+		case c.Name == InitName && (slices.ContainsFunc(pod.Spec.InitContainers, isProxy) || slices.Contains(c.Args, checkFlag)):
+			return 0
+		case c.Name == AgentName:
+			return 1
+		case c.Name == ContainerName:
+			return 2
+		case c.Name == InitName:
+			return 4
+		default:
+			return 3
+		}
+	}
+	order := func(a, b corev1.Container) int { return cmp.Compare(rank(a), rank(b)) }
+	slices.SortStableFunc(pod.Spec.InitContainers, order)
+	slices.SortStableFunc(pod.Spec.Containers, order)
+}
+
+// again is for a pod that has been injected and comes once more, because another
+// webhook has changed it since: what came in is treated as it would have been at
+// first, what is ours stays as it is.
+func again(pod *corev1.Pod) (warn []string, err error) {
+	arrange(pod)
+	if !slices.ContainsFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == InitName }) {
+		return nil, nil // it captures nothing
+	}
+	if err := usersClash(pod); err != nil {
+		return nil, err
+	}
+	told := find(pod, AgentName)
+	if told == nil {
+		told = find(pod, ContainerName)
+	}
+	probes, err := toldProbes(told)
+	if err != nil {
+		return nil, err
+	}
+	warn = leadProbes(pod, probes)
+	return warn, tellProbes(told, probes)
+}
+
+func find(pod *corev1.Pod, name string) *corev1.Container {
+	for _, l := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		if i := slices.IndexFunc(l, func(c corev1.Container) bool { return c.Name == name }); i >= 0 {
+			return &l[i]
+		}
+	}
+	return nil
+}
+
+// ours reports whether a container is one of the mesh's.
+func ours(c corev1.Container) bool {
+	return c.Name == ContainerName || c.Name == InitName || c.Name == AgentName
+}
+
+// usersClash refuses an application that runs as the proxy's user: the rules of
+// the redirection would take it for the proxy.
+func usersClash(pod *corev1.Pod) error {
+	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		var user *int64
+		if pod.Spec.SecurityContext != nil {
+			user = pod.Spec.SecurityContext.RunAsUser
+		}
+		if c.SecurityContext != nil && c.SecurityContext.RunAsUser != nil {
+			user = c.SecurityContext.RunAsUser
+		}
+		if !ours(c) && user != nil && *user == UserID {
+			return fmt.Errorf("container %s runs as user %d, which is the proxy's: what it sends would not be captured; give it another runAsUser, or annotate the pod %s=false and use ambassador ports", c.Name, UserID, AnnotationCapture)
+		}
+	}
+	return nil
 }
 
 func annotate(pod *corev1.Pod, key, value string) {
@@ -252,201 +465,8 @@ func wanted(pod *corev1.Pod, ns Namespace) (asked bool, why string, err error) {
 	return false, fmt.Sprintf("neither the pod nor namespace %s has the label %s", ns.Name, LabelInjection), nil
 }
 
-// wish is what the pod's annotations ask for, checked.
-type wish struct {
-	resources corev1.ResourceRequirements
-	logLevel  string
-	mtls      string // the sidecar's default where empty
-	upstreams []bootstrap.Upstream
-	inbounds  []bootstrap.Inbound
-}
-
-func read(pod *corev1.Pod, ns Namespace, s Settings, workload string) (wish, error) {
-	w := wish{logLevel: s.logLevel()}
-	a := pod.Annotations
-	switch v, set := a[AnnotationProxy]; {
-	case !set || v == "outrigger":
-	case v == "envoy":
-		return w, fmt.Errorf("annotation %s=%q is not supported by the injector yet: write outrigger or remove it, or label the pod %s=disabled and add Envoy to the pod yourself", AnnotationProxy, v, LabelInjection)
-	default:
-		return w, fmt.Errorf("annotation %s=%q: write outrigger or remove it", AnnotationProxy, v)
-	}
-	if v, set := a[AnnotationLogLevel]; set {
-		if !slices.Contains(logLevels(), v) {
-			return w, fmt.Errorf("annotation %s=%q: write debug, info, warn or error", AnnotationLogLevel, v)
-		}
-		w.logLevel = v
-	}
-	if v, set := a[AnnotationMTLS]; set {
-		if !slices.Contains([]string{bootstrap.MTLSOff, bootstrap.MTLSPermissive, bootstrap.MTLSStrict}, v) {
-			return w, fmt.Errorf("annotation %s=%q: write off, permissive or strict", AnnotationMTLS, v)
-		}
-		w.mtls = v
-	}
-	var err error
-	if w.resources, err = s.resources(a); err != nil {
-		return w, err
-	}
-	for item := range list(a[AnnotationExclude]) {
-		if n, err := strconv.ParseUint(item, 10, 16); err != nil || n == 0 {
-			return w, fmt.Errorf("annotation %s=%q: %q is not a port from 1 to 65535; write a comma list, for example 9092,5432", AnnotationExclude, a[AnnotationExclude], item)
-		}
-	}
-	own := map[uint16]string{bootstrap.PortAdmin: "admin", bootstrap.PortMetrics: "metrics", bootstrap.PortHealth: "health"}
-	for item := range list(a[AnnotationUpstreams]) {
-		u, err := bootstrap.ParseUpstream(item)
-		if err != nil {
-			return w, fmt.Errorf("annotation %s: %w", AnnotationUpstreams, err)
-		}
-		if u.Listen.Port() == 0 {
-			return w, fmt.Errorf("annotation %s: %q listens on port 0, which the application could not know; write a port", AnnotationUpstreams, item)
-		}
-		if what, taken := own[u.Listen.Port()]; taken {
-			return w, fmt.Errorf("annotation %s: %q listens on the sidecar's own %s port; choose another", AnnotationUpstreams, item, what)
-		}
-		w.upstreams = append(w.upstreams, u)
-	}
-	for item := range list(a[AnnotationInbound]) {
-		in, err := bootstrap.ParseInbound(item)
-		if err != nil {
-			return w, fmt.Errorf("annotation %s: %w", AnnotationInbound, err)
-		}
-		if in.Listen.Port() == 0 {
-			return w, fmt.Errorf("annotation %s: %q listens on port 0, which nobody could know; write a port", AnnotationInbound, item)
-		}
-		if what, taken := own[in.Listen.Port()]; taken {
-			return w, fmt.Errorf("annotation %s: %q listens on the sidecar's own %s port; choose another", AnnotationInbound, item, what)
-		}
-		w.inbounds = append(w.inbounds, in)
-	}
-	for _, name := range []string{AnnotationUpstreams, AnnotationInbound} {
-		if n := len(a[name]); n > maxAnnotation {
-			return w, fmt.Errorf("annotation %s has %d bytes: at most %d", name, n, maxAnnotation)
-		}
-	}
-	// The sidecar checks the same at its start; here the user sees it.
-	conf := bootstrap.Config{
-		Namespace: ns.Name, Workload: workload, Instance: "pod", ServiceAccount: "account",
-		ControlPlane: s.ControlPlane, Upstreams: w.upstreams, Inbounds: w.inbounds,
-	}
-	if ns.Name == "" {
-		conf.Namespace = "namespace"
-	}
-	if err := conf.Validate(); err != nil {
-		return w, fmt.Errorf("annotations %s and %s: %w", AnnotationUpstreams, AnnotationInbound, err)
-	}
-	return w, nil
-}
-
-// list yields the items of a comma list without the blanks around them.
-func list(s string) func(yield func(string) bool) {
-	return func(yield func(string) bool) {
-		for item := range strings.SplitSeq(s, ",") {
-			if item = strings.TrimSpace(item); item != "" && !yield(item) {
-				return
-			}
-		}
-	}
-}
-
-func (s Settings) resources(annotations map[string]string) (corev1.ResourceRequirements, error) {
-	var r corev1.ResourceRequirements
-	for _, f := range []struct {
-		annotation, fallback string
-		list                 *corev1.ResourceList
-		name                 corev1.ResourceName
-	}{
-		{AnnotationCPU, s.CPU, &r.Requests, corev1.ResourceCPU},
-		{AnnotationMemory, s.Memory, &r.Requests, corev1.ResourceMemory},
-		{AnnotationCPULimit, s.CPULimit, &r.Limits, corev1.ResourceCPU},
-		{AnnotationMemoryLimit, s.MemoryLimit, &r.Limits, corev1.ResourceMemory},
-	} {
-		v, where := annotations[f.annotation], "annotation "+f.annotation
-		if v == "" {
-			v, where = f.fallback, "default of "+f.annotation
-		}
-		if v == "" {
-			continue
-		}
-		q, err := resource.ParseQuantity(v)
-		if err != nil || q.Sign() <= 0 {
-			return r, fmt.Errorf("%s=%q is not a positive quantity: write for example 100m of CPU, 64Mi of memory", where, v)
-		}
-		if *f.list == nil {
-			*f.list = corev1.ResourceList{}
-		}
-		(*f.list)[f.name] = q
-	}
-	for _, f := range []struct {
-		name           corev1.ResourceName
-		request, limit string
-	}{{corev1.ResourceCPU, AnnotationCPU, AnnotationCPULimit}, {corev1.ResourceMemory, AnnotationMemory, AnnotationMemoryLimit}} {
-		request, limit := r.Requests[f.name], r.Limits[f.name]
-		if _, limited := r.Limits[f.name]; limited && request.Cmp(limit) > 0 {
-			return r, fmt.Errorf("annotation %s: the request %s is over the limit %s; raise %s", f.request, request.String(), limit.String(), f.limit)
-		}
-	}
-	return r, nil
-}
-
-func warnings(pod *corev1.Pod) []string {
-	var out []string
-	known := []string{
-		AnnotationProxy, AnnotationCPU, AnnotationMemory, AnnotationCPULimit, AnnotationMemoryLimit, AnnotationLogLevel, AnnotationMTLS,
-		AnnotationUpstreams, AnnotationInbound, AnnotationExclude, AnnotationStatus, AnnotationReason, "outrigger.dev/logs",
-	}
-	for key := range pod.Annotations {
-		if strings.HasPrefix(key, "outrigger.dev/") && !slices.Contains(known, key) {
-			out = append(out, fmt.Sprintf("annotation %s is not known and has no effect", key))
-		}
-	}
-	if pod.Annotations[AnnotationExclude] != "" {
-		out = append(out, fmt.Sprintf("annotation %s has no effect: traffic is not captured, only what %s and %s name passes through the sidecar", AnnotationExclude, AnnotationUpstreams, AnnotationInbound))
-	}
-	if v := pod.Annotations[AnnotationMTLS]; v == bootstrap.MTLSPermissive || v == bootstrap.MTLSStrict {
-		out = append(out, fmt.Sprintf("annotation %s=%s needs a certificate, which the injector does not arrange yet: give --control-plane-ca and --join-token-file in the args of a container %s; without them the sidecar does not start", AnnotationMTLS, v, ContainerName))
-	}
-	for _, c := range pod.Spec.Containers {
-		for _, p := range c.Ports {
-			switch p.ContainerPort {
-			case bootstrap.PortAdmin, bootstrap.PortMetrics, bootstrap.PortHealth:
-				if c.Name != ContainerName {
-					out = append(out, fmt.Sprintf("container %s uses port %d, which is the sidecar's: one of them will not start", c.Name, p.ContainerPort))
-				}
-			}
-		}
-	}
-	slices.Sort(out)
-	return out
-}
-
-// workload is the name users know the pod by: what owns it, or owns its owner.
-func workload(pod *corev1.Pod) string {
-	name := pod.Name
-	if name == "" {
-		name = strings.TrimRight(pod.GenerateName, "-")
-	}
-	for _, o := range pod.OwnerReferences {
-		if o.Controller == nil || !*o.Controller {
-			continue
-		}
-		name = o.Name
-		switch o.Kind {
-		case "ReplicaSet": // of a Deployment: <name>-<pod-template-hash>
-			if hash := pod.Labels["pod-template-hash"]; hash != "" {
-				name = strings.TrimSuffix(name, "-"+hash)
-			}
-		case "Job": // of a CronJob: <name>-<minutes since 1970>
-			if cut := strings.LastIndexByte(name, '-'); cut > 0 && len(name)-cut-1 >= 8 && strings.Trim(name[cut+1:], "0123456789") == "" {
-				name = name[:cut]
-			}
-		}
-	}
-	if name == "" {
-		name = "pod"
-	}
-	return name
-}
+// workload is the name users know the pod by, which the control plane uses too.
+func workload(pod *corev1.Pod) string { return workloads.Name(pod) }
 
 // takeOverride removes the user's container of our name and returns it.
 func takeOverride(pod *corev1.Pod) (*corev1.Container, error) {

@@ -12,14 +12,17 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"sigs.k8s.io/yaml"
 
 	"github.com/outrigger-mesh/outrigger/golden"
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
 
 // scenario is the file "settings" of a golden file.
 type scenario struct {
 	Plain     bool              `json:"plain"` // no native sidecars
+	CNI       bool              `json:"cni"`
 	Namespace string            `json:"namespace"`
 	Labels    map[string]string `json:"labels"` // of the namespace
 }
@@ -27,7 +30,7 @@ type scenario struct {
 func settings(native bool) Settings {
 	return Settings{
 		Image: "outrigger/sidecar:1.0", ControlPlane: "outrigger-control-plane.outrigger-system:15012",
-		NativeSidecar: native, CPU: "10m", Memory: "32Mi", MemoryLimit: "256Mi",
+		NativeSidecar: native, CPU: "10m", Memory: "32Mi", MemoryLimit: "256Mi", EnvoyImage: "envoyproxy/envoy:v1.38",
 	}
 }
 
@@ -44,6 +47,7 @@ func TestGolden(t *testing.T) {
 			t.Fatal(err)
 		}
 		in, ns, s := []byte(c.Input("in.yaml")), Namespace{sc.Namespace, sc.Labels}, settings(!sc.Plain)
+		s.CNI = sc.CNI
 		out, decisions, err := YAML(in, ns, s)
 		got := string(out)
 		if err != nil {
@@ -141,20 +145,144 @@ func TestBadAnnotations(t *testing.T) {
 			t.Errorf("%s=%q: the pod was changed", key, value)
 		}
 	}
-	f(AnnotationProxy, "envoy", "not supported by the injector yet")
-	f(AnnotationProxy, "nginx", "write outrigger or remove it")
+	f(AnnotationProxy, "nginx", "write outrigger, envoy, or remove it")
 	f(AnnotationCPU, "many", "is not a positive quantity")
 	f(AnnotationMemory, "-1", "is not a positive quantity")
 	f(AnnotationMemory, "1Gi", "is over the limit 256Mi")
+	f(AnnotationMemory, strings.Repeat("9", 5000), "has 5000 bytes: at most 4096")
 	f(AnnotationLogLevel, "loud", "write debug, info, warn or error")
 	f(AnnotationMTLS, "Strict", "write off, permissive or strict")
 	f(AnnotationUpstreams, "payments.shop=127.0.0.1:4001", "has no port")
 	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:0", "write a port")
 	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:15020", "the sidecar's own metrics port")
+	f(AnnotationUpstreams, "payments.shop:80=127.0.0.1:15001", "the sidecar's own outbound port")
 	f(AnnotationUpstreams, "a.b:80=127.0.0.1:4001,c.d:80=127.0.0.1:4001", "both listen on 127.0.0.1:4001")
+	f(AnnotationUpstreams, strings.Repeat("x", 70000), "has 70000 bytes: at most 65536")
 	f(AnnotationInbound, "udp:127.0.0.1:1=127.0.0.1:2", "the address to listen on")
 	f(AnnotationInbound, "0.0.0.0:15021=127.0.0.1:8080", "the sidecar's own health port")
-	f(AnnotationExclude, "http", `"http" is not a port`)
+	f(annotationExclude, "9092", "write outrigger.dev/exclude-inbound-ports for ports of the pod")
+	f(AnnotationCapture, "no", "write true or false")
+	f(AnnotationExcludeInboundPorts, "http", `"http" is not a port`)
+	f(AnnotationExcludeInboundPorts, "80,0", `"0" is not a port`)
+	f(AnnotationExcludeInboundPorts, "15006", "a port of the proxy itself")
+	f(AnnotationExcludeOutboundPorts, "65536", `"65536" is not a port`)
+	f(AnnotationExcludeOutboundPorts, " , ", "names nothing")
+	f(AnnotationExcludeOutboundPorts, strings.Repeat("80,", 65), "has 65 items: at most 64")
+	f(AnnotationExcludeOutboundCIDRs, "10.0.0.1", "one address as 192.0.2.1/32")
+	f(AnnotationExcludeOutboundCIDRs, "10.0.0.1/8", "write 10.0.0.0/8, or for one address 10.0.0.1/32")
+	f(AnnotationIncludeOutboundCIDRs, "*", "is not a CIDR")
+	f(AnnotationIncludeOutboundCIDRs, "::ffff:10.0.0.0/104", "is not a CIDR")
+}
+
+// Pods that ask for what cannot be are refused, and nothing is half done.
+func TestRefused(t *testing.T) {
+	user := int64(UserID)
+	f := func(want string, native bool, change func(*corev1.Pod, *Settings)) {
+		t.Helper()
+		pod := &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: "p", Annotations: map[string]string{}},
+			Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}},
+		}
+		s := settings(native)
+		change(pod, &s)
+		patched, d := Pod(pod, Namespace{"shop", map[string]string{LabelInjection: "enabled"}}, s)
+		if d.Err == nil || d.Injected || !strings.Contains(d.Err.Error(), want) {
+			t.Errorf("%+v, want %q", d, want)
+		}
+		if !reflect.DeepEqual(patched, pod) {
+			t.Errorf("%s: the pod was changed", want)
+		}
+	}
+	f("container app runs as user 1337", true, func(p *corev1.Pod, _ *Settings) {
+		p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: &user}
+	})
+	f("container app runs as user 1337", false, func(p *corev1.Pod, _ *Settings) {
+		p.Spec.Containers[0].SecurityContext = &corev1.SecurityContext{RunAsUser: &user}
+	})
+	f("container outrigger-init has a name that is the injector's", true, func(p *corev1.Pod, _ *Settings) {
+		p.Spec.InitContainers = []corev1.Container{{Name: InitName}}
+	})
+	f("container outrigger-proxy: securityContext.runAsUser is 2000", true, func(p *corev1.Pod, _ *Settings) {
+		other := int64(2000)
+		p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: ContainerName, SecurityContext: &corev1.SecurityContext{RunAsUser: &other}})
+	})
+	f("has been given no image of Envoy", true, func(p *corev1.Pod, s *Settings) {
+		p.Annotations[AnnotationProxy], s.EnvoyImage = "envoy", ""
+	})
+	f("needs native sidecars", false, func(p *corev1.Pod, _ *Settings) { p.Annotations[AnnotationProxy] = "envoy" })
+	f("the pod has 129 probes", true, func(p *corev1.Pod, _ *Settings) {
+		p.Spec.Containers = nil
+		for i := range 129 {
+			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: fmt.Sprint("c", i), LivenessProbe: tcpProbe(80)})
+		}
+	})
+	f("the pod's probes have", true, func(p *corev1.Pod, _ *Settings) {
+		p.Spec.Containers[0].LivenessProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{
+			Port: intstr.FromInt32(80), HTTPHeaders: []corev1.HTTPHeader{{Name: "a", Value: strings.Repeat("x", bootstrap.MaxProbesBytes)}},
+		}}}
+	})
+}
+
+func tcpProbe(port int32) *corev1.Probe {
+	return &corev1.Probe{ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt32(port)}}}
+}
+
+// Another webhook changes the pod after us, in every way that one may: the next
+// invocation brings it into order, and a further one has nothing to do.
+func TestAgain(t *testing.T) {
+	ns := Namespace{"shop", map[string]string{LabelInjection: "enabled"}}
+	always := corev1.ContainerRestartPolicyAlways
+	for _, native := range []bool{true, false} {
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "p"}, Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app", ReadinessProbe: tcpProbe(1)}}}}
+		s := settings(native)
+		once, d := Pod(pod, ns, s)
+		if !d.Injected {
+			t.Fatal(d)
+		}
+		once.Spec.InitContainers = append([]corev1.Container{{Name: "first"}}, once.Spec.InitContainers...)
+		once.Spec.InitContainers = append(once.Spec.InitContainers, corev1.Container{Name: "side", RestartPolicy: &always, StartupProbe: tcpProbe(2)})
+		once.Spec.Containers = append([]corev1.Container{{Name: "late", LivenessProbe: tcpProbe(3)}}, once.Spec.Containers...)
+		find(once, ContainerName).Image = "mirror.example/sidecar:1.0"
+		twice, d := Pod(once, ns, s)
+		if d.Err != nil || d.Injected || d.Reason != "already injected" {
+			t.Fatal(d)
+		}
+		var order []string
+		for _, c := range append(append([]corev1.Container{}, twice.Spec.InitContainers...), twice.Spec.Containers...) {
+			order = append(order, c.Name)
+		}
+		want := "outrigger-init outrigger-proxy first side late app"
+		if !native {
+			want = "first side outrigger-init outrigger-proxy late app"
+		}
+		if got := strings.Join(order, " "); got != want {
+			t.Errorf("order %s, want %s", got, want)
+		}
+		proxy := find(twice, ContainerName)
+		if proxy.Image != "mirror.example/sidecar:1.0" {
+			t.Errorf("the image that another webhook gave is now %s", proxy.Image)
+		}
+		told, err := bootstrap.ParseProbes(proxy.Env[len(proxy.Env)-1].Value)
+		if err != nil || len(told) != 3 || told["/app-health/app/readyz"].TCP.Port != 1 || told["/app-health/side/startupz"].TCP.Port != 2 || told["/app-health/late/livez"].TCP.Port != 3 {
+			t.Errorf("probes %+v, %v", told, err)
+		}
+		if p := find(twice, "late").LivenessProbe.HTTPGet; p == nil || p.Path != "/app-health/late/livez" {
+			t.Errorf("the late probe is %+v", find(twice, "late").LivenessProbe)
+		}
+		thrice, _ := Pod(twice, ns, s)
+		if !bytes.Equal(encode(t, thrice), encode(t, twice)) {
+			t.Errorf("a third invocation changes the pod: %s", cmp.Diff(twice, thrice))
+		}
+		user := int64(UserID)
+		find(twice, "late").SecurityContext = &corev1.SecurityContext{RunAsUser: &user}
+		if _, d := Pod(twice, ns, s); d.Err == nil || !strings.Contains(d.Err.Error(), "container late runs as user 1337") {
+			t.Errorf("a late container of the proxy's user: %+v", d)
+		}
+		find(thrice, ContainerName).Env[len(proxy.Env)-1].Value = "{"
+		if _, d := Pod(thrice, ns, s); d.Err == nil || !strings.Contains(d.Err.Error(), "leave it alone") {
+			t.Errorf("probes that cannot be read: %+v", d)
+		}
+	}
 }
 
 func TestWorkload(t *testing.T) {
@@ -192,6 +320,7 @@ func TestSettings(t *testing.T) {
 		}
 	}
 	f(`image ""`, func(s *Settings) { s.Image = "" })
+	f(`envoy image "a b"`, func(s *Settings) { s.EnvoyImage = "a b" })
 	f(`pull policy "Sometimes"`, func(s *Settings) { s.PullPolicy = "Sometimes" })
 	f(`control plane "here"`, func(s *Settings) { s.ControlPlane = "here" })
 	f(`trust domain "a/b"`, func(s *Settings) { s.TrustDomain = "a/b" })
@@ -221,7 +350,11 @@ func TestJSONPatch(t *testing.T) {
 	f(`[1,2]`, `[1,2,3]`, `[{"op":"add","path":"/2","value":3}]`)
 	f(`[1,2]`, `[2,1]`, `[{"op":"remove","path":"/0"},{"op":"add","path":"/1","value":1}]`)
 	f(`[{"name":"x","v":1},{"name":"y"}]`, `[{"name":"n"},{"name":"x","v":2},{"name":"y"}]`,
-		`[{"op":"remove","path":"/0"},{"op":"add","path":"/0","value":{"name":"n"}},{"op":"add","path":"/1","value":{"name":"x","v":2}}]`)
+		`[{"op":"add","path":"/0","value":{"name":"n"}},{"op":"add","path":"/1/v","value":2}]`)
+	f(`[{"name":"x","v":1},{"name":"y"},{"name":"z"}]`, `[{"name":"y"},{"name":"z"},{"name":"x","v":2}]`,
+		`[{"op":"move","from":"/1","path":"/0"},{"op":"move","from":"/2","path":"/1"},{"op":"add","path":"/2/v","value":2}]`)
+	f(`[{"name":"x"},{"name":"y"}]`, `[{"name":"y"}]`, `[{"op":"remove","path":"/0"}]`)
+	f(`[{"name":"x"},{"name":"x"}]`, `[{"name":"x"}]`, `[{"op":"remove","path":"/1"}]`)
 	f(`[{"name":"x","v":1}]`, `[{"name":"x","v":2}]`, `[{"op":"add","path":"/0/v","value":2}]`)
 	f(`{"n":9007199254740993}`, `{"n":9007199254740993,"m":1}`, `[{"op":"add","path":"/m","value":1}]`)
 }
@@ -229,6 +362,7 @@ func TestJSONPatch(t *testing.T) {
 // Of any two JSON values the patch makes the second of the first.
 func FuzzJSONPatch(f *testing.F) {
 	f.Add(`{"a":[1,2,{"name":"x"}]}`, `{"a":[2,{"name":"x","y":1}],"b":null}`)
+	f.Add(`[{"name":"x"},{"name":"y","v":1},{"name":"z"}]`, `[{"name":"z"},{"name":"n"},{"name":"y"}]`)
 	f.Add(`[1,1,2,1]`, `[1,2,1,1,3]`)
 	f.Add(`{"a":{"b":{}}}`, `{"a":[]}`)
 	f.Fuzz(func(t *testing.T, a, b string) {
@@ -250,6 +384,55 @@ func FuzzJSONPatch(f *testing.F) {
 		}
 		if !reflect.DeepEqual(got, want) {
 			t.Fatalf("%s -> %s: %v\n%s", a, b, got, ops)
+		}
+	})
+}
+
+// Whatever pod: no panic, the argument untouched, a refused pod unchanged, a patch
+// that makes the patched pod, and nothing left to do for a second invocation.
+func FuzzPod(f *testing.F) {
+	f.Add([]byte(`{"metadata":{"name":"web","annotations":{"outrigger.dev/capture":"false"}},"spec":{"containers":[{"name":"app"}]}}`), true, false)
+	f.Add([]byte(`{"metadata":{"generateName":"web-","annotations":{"outrigger.dev/proxy":"envoy","outrigger.dev/exclude-inbound-ports":"1"}},"spec":{"containers":[{"name":"app","livenessProbe":{"httpGet":{"port":"http"}},"ports":[{"name":"http","containerPort":8080}]}]}}`), true, true)
+	f.Add([]byte(`{"spec":{"restartPolicy":"Never","initContainers":[{"name":"x","restartPolicy":"Always","startupProbe":{"grpc":{"port":1}}},{}],"containers":[{"name":"outrigger-proxy","image":"auto"},{"name":"a","readinessProbe":{"tcpSocket":{"port":70000}}},{"name":"a","readinessProbe":{"tcpSocket":{"port":7}}}]}}`), false, false)
+	f.Add([]byte(`{"metadata":{"annotations":{"outrigger.dev/status":"injected"}},"spec":{"initContainers":[{"name":"outrigger-init"},{"name":"outrigger-agent","env":[{"name":"OUTRIGGER_PROBES","value":"null"}]}],"containers":[{"name":"outrigger-proxy"},{"name":"b","livenessProbe":{"tcpSocket":{"port":7}}}]}}`), false, true)
+	f.Fuzz(func(t *testing.T, data []byte, native, cni bool) {
+		pod := &corev1.Pod{}
+		if err := json.Unmarshal(data, pod); err != nil {
+			return
+		}
+		s := settings(native)
+		s.CNI = cni
+		ns := Namespace{"shop", map[string]string{LabelInjection: "enabled"}}
+		before := encode(t, pod)
+		patched, d := Pod(pod, ns, s)
+		if !bytes.Equal(encode(t, pod), before) {
+			t.Fatal("the argument was changed")
+		}
+		after := encode(t, patched)
+		if d.Err != nil && !bytes.Equal(after, before) {
+			t.Fatal("a refused pod was changed")
+		}
+		ops, err := Diff(pod, patched)
+		if err != nil {
+			t.Fatal(err)
+		}
+		original, err := decodeJSON(before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		applied, err := apply(original, ops)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, ops)
+		}
+		want, err := decodeJSON(after)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(applied, want) {
+			t.Fatalf("the patch does not make the pod: %s", cmp.Diff(want, applied))
+		}
+		if again, second := Pod(patched, ns, s); d.Injected && (second.Err != nil || !bytes.Equal(encode(t, again), after)) {
+			t.Fatalf("a second injection: %v\n%s", second.Err, cmp.Diff(patched, again))
 		}
 	})
 }

@@ -2,8 +2,10 @@ package patch
 
 import (
 	"slices"
+	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
@@ -20,9 +22,24 @@ func sidecar(s Settings, w wish, workload string) corev1.Container {
 		"--instance=$(POD_NAME)",
 		"--service-account=$(POD_SERVICE_ACCOUNT)",
 		"--control-plane=" + s.ControlPlane,
+		"--control-plane-ca=" + rootsDir + "/" + rootsFile,
+		"--join-token-file=" + tokenDir + "/" + tokenFile,
 	}
 	if s.TrustDomain != "" {
 		args = append(args, "--trust-domain="+s.TrustDomain)
+	}
+	env := []corev1.EnvVar{
+		field("POD_NAME", "metadata.name"),
+		field("POD_NAMESPACE", "metadata.namespace"),
+		field("POD_SERVICE_ACCOUNT", "spec.serviceAccountName"),
+	}
+	if w.capture {
+		// What is asked of callers is said by the control plane, which reads the
+		// pod's annotation and its namespace's label.
+		args = append(args, "--capture", "--pod-ips=$(POD_IPS)")
+		env = append(env, field("POD_IPS", "status.podIPs"))
+	} else if w.mtls != "" {
+		args = append(args, "--mtls="+w.mtls)
 	}
 	args = append(args,
 		// Kubelet and the collector come from outside the pod.
@@ -31,24 +48,12 @@ func sidecar(s Settings, w wish, workload string) corev1.Container {
 		"--state-dir="+StateDir,
 		"--log-level="+w.logLevel,
 	)
-	if w.mtls != "" {
-		args = append(args, "--mtls="+w.mtls)
-	}
 	for _, u := range w.upstreams {
 		args = append(args, "--upstream="+u.String())
 	}
 	for _, in := range w.inbounds {
 		args = append(args, "--inbound="+in.String())
 	}
-	ready := func(period, failures int32) *corev1.Probe {
-		return &corev1.Probe{
-			ProbeHandler:     corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(bootstrap.PortHealth)}},
-			PeriodSeconds:    period,
-			TimeoutSeconds:   3,
-			FailureThreshold: failures,
-		}
-	}
-	yes, no, id := true, false, int64(UserID)
 	c := corev1.Container{
 		Name:            ContainerName,
 		Image:           s.Image,
@@ -58,29 +63,63 @@ func sidecar(s Settings, w wish, workload string) corev1.Container {
 			{Name: "proxy-metrics", ContainerPort: bootstrap.PortMetrics, Protocol: corev1.ProtocolTCP},
 			{Name: "proxy-health", ContainerPort: bootstrap.PortHealth, Protocol: corev1.ProtocolTCP},
 		},
-		Env: []corev1.EnvVar{
-			field("POD_NAME", "metadata.name"),
-			field("POD_NAMESPACE", "metadata.namespace"),
-			field("POD_SERVICE_ACCOUNT", "spec.serviceAccountName"),
+		Env:       env,
+		Resources: w.resources,
+		VolumeMounts: []corev1.VolumeMount{
+			{Name: VolumeName, MountPath: StateDir},
+			{Name: tokenVolume, MountPath: tokenDir, ReadOnly: true},
+			{Name: rootsVolume, MountPath: rootsDir, ReadOnly: true},
 		},
-		Resources:      w.resources,
-		VolumeMounts:   []corev1.VolumeMount{{Name: VolumeName, MountPath: StateDir}},
-		ReadinessProbe: ready(5, 3),
-		SecurityContext: &corev1.SecurityContext{
-			RunAsNonRoot:             &yes,
-			RunAsUser:                &id,
-			RunAsGroup:               &id,
-			ReadOnlyRootFilesystem:   &yes,
-			AllowPrivilegeEscalation: &no,
-			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
-			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
-		},
+		ReadinessProbe:  healthy("/ready", 5, 3),
+		SecurityContext: unprivileged(UserID),
 	}
 	if s.NativeSidecar {
 		// What follows in the pod waits until the sidecar is configured.
-		c.StartupProbe = ready(1, startSeconds)
+		c.StartupProbe = healthy("/ready", 1, startSeconds)
+		return c
+	}
+	// Kubelet starts the next container when this hook has ended.
+	c.Lifecycle = &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{
+		Command: []string{"/sidecar", "--wait-ready=" + strconv.Itoa(holdSeconds) + "s"},
+	}}}
+	if w.completes {
+		c.Args = append(c.Args, "--exit-when-alone")
 	}
 	return c
+}
+
+// healthy asks the sidecar's health port.
+func healthy(path string, period, failures int32) *corev1.Probe {
+	return &corev1.Probe{
+		ProbeHandler:     corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: path, Port: intstr.FromInt32(bootstrap.PortHealth)}},
+		PeriodSeconds:    period,
+		TimeoutSeconds:   3,
+		FailureThreshold: failures,
+	}
+}
+
+// volumes that our containers mount. Kubelet makes the token readable for all of
+// the pod's users, or for its fsGroup, in which the proxy's user is too: it makes
+// it one user's only where all containers run as that one, and ours do not.
+func volumes(w wish) []corev1.Volume {
+	size, readable, seconds := resource.MustParse(stateSize), int32(0o644), int64(tokenSeconds)
+	v := []corev1.Volume{
+		{Name: VolumeName, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{SizeLimit: &size}}},
+		{Name: tokenVolume, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+			DefaultMode: &readable,
+			Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
+				Audience: TokenAudience, ExpirationSeconds: &seconds, Path: tokenFile,
+			}}},
+		}}},
+		{Name: rootsVolume, VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: RootsConfigMap},
+			Items:                []corev1.KeyToPath{{Key: rootsFile, Path: rootsFile}},
+		}}},
+	}
+	if w.envoy {
+		v[0] = corev1.Volume{Name: envoyVolume, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{SizeLimit: &size}}}
+	}
+	return v
 }
 
 // merge lays the user's container over ours. Lists with a key are merged by it

@@ -1,242 +1,153 @@
-// Package cluster is the command line's door to a Kubernetes cluster: it puts
-// the rendered chart into one, takes it out again, waits, and looks what is
-// wrong.
+// Package cluster is what the injector's audit and the command line ask a
+// Kubernetes API: how it is reached, and which pods should be meshed.
 //
-// It knows the Kubernetes API and the names of our objects in it. It knows
-// neither flags nor the chart's values; package main renders and prints.
+// It knows client-go, and which objects are to be listed. It does not know what
+// is to be said of a pod, which is package audit's.
 package cluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
+	"slices"
+	"strconv"
 	"strings"
 
-	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/api/meta"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/client-go/discovery/cached/memory"
-	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/restmapper"
 	"k8s.io/client-go/tools/clientcmd"
 
-	"github.com/outrigger-mesh/outrigger/deploy/chart"
+	"github.com/outrigger-mesh/outrigger/injector/audit"
+	"github.com/outrigger-mesh/outrigger/injector/patch"
 )
 
-// Manager is who we are to the cluster: the field manager of what we apply, and
-// the label app.kubernetes.io/managed-by.
-const Manager = "outrigger"
-
-// Names of our objects.
+// Requests a second of one client.
 const (
-	Namespace       = "outrigger-system"
-	controlPlane    = "outrigger-control-plane"
-	injector        = "outrigger-injector"
-	webhook         = "outrigger-injector"
-	authority       = "outrigger-authority"
-	servingSecret   = "outrigger-injector-certificate"
-	roots           = "outrigger-roots"
-	record          = "outrigger-installation" // ConfigMap: how it was installed
-	proxyContainer  = "outrigger-proxy"
-	labelInjection  = "outrigger.dev/injection"
-	annotationState = "outrigger.dev/status"
-	injected        = "injected"
+	queriesPerSecond = 50
+	queryBurst       = 100
 )
 
-// pageSize bounds one answer of a list.
+// pageSize is how many pods are asked for at once, and held in memory.
 const pageSize = 500
 
-// Client talks to one cluster. It is safe for concurrent use.
-type Client struct {
-	kube    kubernetes.Interface
-	dynamic dynamic.Interface
-	mapper  meta.ResettableRESTMapper
-	host    string
-}
-
-// Connect reads a kubeconfig: the file, or where that is empty $KUBECONFIG, the
-// one in the home folder, or the pod's service account. What the API server warns
-// of is written to warnings, each once.
-func Connect(kubeconfig, kubeContext string, warnings io.Writer) (*Client, error) {
+// Connect makes a client of a kubeconfig file, and where that is empty of the
+// files that kubectl would read or of the pod's own ServiceAccount. context is one
+// of the kubeconfig; empty is the current one.
+func Connect(kubeconfig, context, agent string) (kubernetes.Interface, error) {
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	rules.ExplicitPath = kubeconfig
-	conf, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: kubeContext}).ClientConfig()
+	conf, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: context}).ClientConfig()
 	if err != nil {
-		return nil, fmt.Errorf("how to reach the cluster: %w; give --kubeconfig and --context, as to kubectl", err)
+		return nil, fmt.Errorf("the cluster's address and credentials are not known: %w; give --kubeconfig, or set KUBECONFIG", err)
 	}
-	// An installation is some hundred requests; the defaults are made for controllers.
-	conf.QPS, conf.Burst = 50, 100
-	conf.WarningHandler = rest.NewWarningWriter(warnings, rest.WarningWriterOptions{Deduplicate: true})
-	return New(conf)
+	return New(conf, agent)
 }
 
-// New returns a client of the cluster that conf says how to reach.
-func New(conf *rest.Config) (*Client, error) {
-	kube, err := kubernetes.NewForConfig(conf)
+// New makes a client of a configuration. agent is how it names itself.
+func New(conf *rest.Config, agent string) (kubernetes.Interface, error) {
+	conf = rest.AddUserAgent(rest.CopyConfig(conf), agent)
+	conf.QPS, conf.Burst = queriesPerSecond, queryBurst
+	conf.AcceptContentTypes, conf.ContentType = "application/vnd.kubernetes.protobuf,application/json", "application/vnd.kubernetes.protobuf"
+	client, err := kubernetes.NewForConfig(conf)
 	if err != nil {
-		return nil, fmt.Errorf("the cluster: %w", err)
+		return nil, fmt.Errorf("a client of the cluster: %w", err)
 	}
-	dyn, err := dynamic.NewForConfig(conf)
-	if err != nil {
-		return nil, fmt.Errorf("the cluster: %w", err)
-	}
-	return &Client{kube: kube, dynamic: dyn, mapper: restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(kube.Discovery())), host: conf.Host}, nil
+	return client, nil
 }
 
-// Version of the API server, such as v1.37.2.
-func (c *Client) Version() (string, error) {
-	v, err := c.kube.Discovery().ServerVersion()
-	if err != nil {
-		return "", fmt.Errorf("the cluster at %s does not answer: %w", c.host, err)
+// Audit looks at the pods of a namespace, or of all where it is empty: at all of
+// those in namespaces with the label of injection, and at those that have it
+// themselves.
+func Audit(ctx context.Context, client kubernetes.Interface, namespace string, s patch.Settings) (*audit.Report, error) {
+	report := &audit.Report{Findings: []audit.Finding{}}
+	known := map[string]*corev1.Namespace{}
+	if namespace != "" {
+		ns, err := client.CoreV1().Namespaces().Get(ctx, namespace, metav1.GetOptions{})
+		if err != nil {
+			return nil, fmt.Errorf("audit: %w", err)
+		}
+		known[namespace] = ns
+	} else {
+		list, err := client.CoreV1().Namespaces().List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return nil, fmt.Errorf("audit: %w", err)
+		}
+		for i := range list.Items {
+			known[list.Items[i].Name] = &list.Items[i]
+		}
 	}
-	return v.GitVersion, nil
-}
-
-// errNoKind: the cluster does not serve that kind.
-var errNoKind = errors.New("the cluster does not know this kind")
-
-// resource finds how objects of a kind are reached; in namespace where they are
-// in one.
-func (c *Client) resource(gvk schema.GroupVersionKind, namespace string) (dynamic.ResourceInterface, error) {
-	m, err := c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
-	if meta.IsNoMatchError(err) {
-		c.mapper.Reset() // its CRD may be new
-		m, err = c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
-	}
-	if meta.IsNoMatchError(err) {
-		return nil, fmt.Errorf("%s %s: %w", gvk.GroupVersion(), gvk.Kind, errNoKind)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("kind %s: %w", gvk.Kind, err)
-	}
-	if m.Scope.Name() == meta.RESTScopeNameNamespace {
-		return c.dynamic.Resource(m.Resource).Namespace(namespace), nil
-	}
-	return c.dynamic.Resource(m.Resource), nil
-}
-
-func (c *Client) resourceOf(o *unstructured.Unstructured) (dynamic.ResourceInterface, error) {
-	return c.resource(o.GroupVersionKind(), o.GetNamespace())
-}
-
-// find returns the object as it is in the cluster, nil where it is not there.
-func (c *Client) find(ctx context.Context, o *unstructured.Unstructured) (*unstructured.Unstructured, error) {
-	r, err := c.resourceOf(o)
-	if errors.Is(err, errNoKind) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	have, err := r.Get(ctx, o.GetName(), metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", id(o), err)
-	}
-	return have, nil
-}
-
-// apply sends o by server-side apply; what others have written to fields that o
-// names is overruled.
-func (c *Client) apply(ctx context.Context, o *unstructured.Unstructured, dryRun bool) (*unstructured.Unstructured, error) {
-	r, err := c.resourceOf(o)
-	if err != nil {
-		return nil, err
-	}
-	opts := metav1.ApplyOptions{FieldManager: Manager, Force: true}
-	if dryRun {
-		opts.DryRun = []string{metav1.DryRunAll}
-	}
-	got, err := r.Apply(ctx, o.GetName(), o, opts)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", id(o), err)
-	}
-	return got, nil
-}
-
-// remove deletes o and reports whether it was there.
-func (c *Client) remove(ctx context.Context, o *unstructured.Unstructured) (bool, error) {
-	r, err := c.resourceOf(o)
-	if errors.Is(err, errNoKind) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	propagation := metav1.DeletePropagationBackground
-	err = r.Delete(ctx, o.GetName(), metav1.DeleteOptions{PropagationPolicy: &propagation})
-	if apierrors.IsNotFound(err) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("%s: %w", id(o), err)
-	}
-	return true, nil
-}
-
-// id names an object for people.
-func id(o *unstructured.Unstructured) string {
-	if o.GetNamespace() == "" {
-		return o.GetKind() + " " + o.GetName()
-	}
-	return o.GetKind() + " " + o.GetNamespace() + "/" + o.GetName()
-}
-
-// kinds that the chart makes or has made, but for the namespace and the CRDs,
-// which are never pruned.
-func kinds() []schema.GroupVersionKind {
-	out := []schema.GroupVersionKind{}
-	for _, s := range []string{
-		"admissionregistration.k8s.io/v1 MutatingWebhookConfiguration", "monitoring.coreos.com/v1 PodMonitor", "autoscaling/v2 HorizontalPodAutoscaler",
-		"policy/v1 PodDisruptionBudget", "apps/v1 DaemonSet", "apps/v1 Deployment", "v1 Service", "networking.k8s.io/v1 NetworkPolicy", "v1 ConfigMap",
-		"rbac.authorization.k8s.io/v1 RoleBinding", "rbac.authorization.k8s.io/v1 Role", "rbac.authorization.k8s.io/v1 ClusterRoleBinding",
-		"rbac.authorization.k8s.io/v1 ClusterRole", "v1 ServiceAccount", "v1 ResourceQuota",
-	} {
-		version, kind, _ := strings.Cut(s, " ")
-		out = append(out, schema.FromAPIVersionAndKind(version, kind))
-	}
-	return out
-}
-
-// owned lists what we have installed, in the order in which it is to go: the
-// webhook first, then workloads, then what they need.
-func (c *Client) owned(ctx context.Context, namespace string) ([]*unstructured.Unstructured, error) {
-	var out []*unstructured.Unstructured
-	for _, gvk := range kinds() {
-		r, err := c.resource(gvk, namespace)
-		if errors.Is(err, errNoKind) {
+	for name, ns := range known {
+		if _, labelled := ns.Labels[patch.LabelInjection]; !labelled {
 			continue
 		}
+		err := pods(ctx, client, name, "", func(pod *corev1.Pod) { report.Add(pod, ns, s) })
 		if err != nil {
 			return nil, err
 		}
-		list, err := r.List(ctx, metav1.ListOptions{LabelSelector: chart.LabelPartOf + "=outrigger," + chart.LabelManagedBy + "=" + Manager})
-		if err != nil {
-			return nil, fmt.Errorf("list %s: %w", gvk.Kind, err)
+	}
+	err := pods(ctx, client, namespace, patch.LabelInjection, func(pod *corev1.Pod) {
+		ns := known[pod.Namespace]
+		if ns == nil { // it is younger than the list
+			ns = &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: pod.Namespace}}
 		}
-		for i := range list.Items {
-			out = append(out, &list.Items[i])
+		if _, labelled := ns.Labels[patch.LabelInjection]; !labelled {
+			report.Add(pod, ns, s)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	report.Sort()
+	return report, nil
+}
+
+// pods pages through the pods of a namespace.
+func pods(ctx context.Context, client kubernetes.Interface, namespace, selector string, each func(*corev1.Pod)) error {
+	options := metav1.ListOptions{LabelSelector: selector, Limit: pageSize}
+	for {
+		page, err := client.CoreV1().Pods(namespace).List(ctx, options)
+		if err != nil {
+			return fmt.Errorf("audit: list the pods of namespace %q: %w", namespace, err)
+		}
+		for i := range page.Items {
+			each(&page.Items[i])
+		}
+		if options.Continue = page.Continue; options.Continue == "" {
+			return nil
 		}
 	}
-	return out, nil
 }
 
-func crdObject(name string) *unstructured.Unstructured {
-	return object(apiextensionsv1.SchemeGroupVersion.WithKind("CustomResourceDefinition"), "", name)
-}
-
-func object(gvk schema.GroupVersionKind, namespace, name string) *unstructured.Unstructured {
-	o := &unstructured.Unstructured{}
-	o.SetGroupVersionKind(gvk)
-	o.SetNamespace(namespace)
-	o.SetName(name)
-	return o
+// InjectorSettings are those that an installed injector was started with, as far
+// as an audit needs them: read from the arguments of its Deployment.
+func InjectorSettings(ctx context.Context, client kubernetes.Interface, namespace string) (patch.Settings, error) {
+	s := patch.Settings{NativeSidecar: true}
+	d, err := client.AppsV1().Deployments(namespace).Get(ctx, "outrigger-injector", metav1.GetOptions{})
+	if err != nil {
+		return s, fmt.Errorf("the injector's settings: %w", err)
+	}
+	for _, c := range d.Spec.Template.Spec.Containers {
+		for _, arg := range slices.Concat(c.Command, c.Args) {
+			name, value, set := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+			on, err := strconv.ParseBool(value)
+			on = on && err == nil || !set
+			switch name {
+			case "image":
+				s.Image = value
+			case "control-plane":
+				s.ControlPlane = value
+			case "envoy-image":
+				s.EnvoyImage = value
+			case "cni":
+				s.CNI = on
+			case "native-sidecar":
+				s.NativeSidecar = on
+			}
+		}
+	}
+	if s.Image == "" {
+		return s, fmt.Errorf("the injector's settings: Deployment %s/outrigger-injector has no argument --image=", namespace)
+	}
+	return s, nil
 }

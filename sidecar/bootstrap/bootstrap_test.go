@@ -92,3 +92,51 @@ func TestEnvoyBootstrapIsJSONWithTheNode(t *testing.T) {
 		t.Fatalf("node = %+v", got.Node)
 	}
 }
+
+// An Envoy that captures has all that it needs or is not written, and its admin
+// interface never faces the network.
+func TestEnvoyBootstrapOfAPodThatIsCaptured(t *testing.T) {
+	pod := func() bootstrap.Config {
+		c := valid()
+		c.Upstreams, c.Inbounds = nil, nil
+		c.Capture, c.Addresses = true, []netip.Addr{netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("fd00::1")}
+		c.ControlPlane, c.ControlPlaneTLS = "outrigger-control-plane.outrigger-system:15012", true
+		c.TrustDomain, c.SDS = "cluster.local", "unix:///var/run/outrigger/sds.sock"
+		return c
+	}
+	b, err := pod().Envoy("127.0.0.1:15000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got struct {
+		Node struct {
+			Metadata map[string]any `json:"metadata"`
+		} `json:"node"`
+	}
+	if err := json.Unmarshal(b, &got); err != nil {
+		t.Fatal(err)
+	}
+	if m := got.Node.Metadata; m[bootstrap.MetaCapture] != "true" || m[bootstrap.MetaAddresses].([]any)[1] != "fd00::1" {
+		t.Errorf("metadata: %v", m)
+	}
+	for _, want := range []string{`"path": "/var/run/outrigger/sds.sock"`, `"exact": "spiffe://cluster.local/ns/outrigger-system/sa/control-plane"`, `"port_value": 15012`} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("%s is missing", want)
+		}
+	}
+	for want, spoil := range map[string]func(*bootstrap.Config){
+		"set SDS too":       func(c *bootstrap.Config) { c.SDS = "" },
+		"set Addresses too": func(c *bootstrap.Config) { c.Addresses = nil },
+	} {
+		c := pod()
+		spoil(&c)
+		if _, err := c.Envoy("127.0.0.1:15000"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	for _, admin := range []string{"0.0.0.0:15000", "10.1.0.1:15000", "[::]:15000"} {
+		if _, err := pod().Envoy(admin); err == nil || !strings.Contains(err.Error(), "not on loopback") {
+			t.Errorf("%s: %v", admin, err)
+		}
+	}
+}

@@ -5,16 +5,32 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 )
 
 // Envoy writes the bootstrap of a real Envoy that is driven by the same
 // control plane: delta ADS over gRPC, the node of this Config, and the admin
-// interface on adminAddress, which should be a loopback address. With SDS there
+// interface on adminAddress, which must be a loopback address. With SDS there
 // is a static cluster for it, and with ControlPlaneTLS the ADS stream proves the
 // workload by its certificate and wants the control plane to prove itself.
+//
+// An Envoy with Capture needs SDS and Addresses. Its listeners, at PortOutbound
+// and PortInbound, come from the control plane; it answers no probes and has no
+// metrics port: those are of the sidecar that serves its certificate.
 func (c Config) Envoy(adminAddress string) ([]byte, error) {
+	if host, _, err := net.SplitHostPort(adminAddress); err == nil && !loopback(host) {
+		return nil, fmt.Errorf("address %q for the admin interface is not on loopback, and it lets everybody who reaches it end the proxy: write 127.0.0.1:%d", adminAddress, PortAdmin)
+	}
+	if c.Capture {
+		if c.SDS == "" {
+			return nil, errors.New("an Envoy that captures the traffic of its pod takes mutual TLS with a certificate from SDS: set SDS too")
+		}
+		if len(c.Addresses) == 0 {
+			return nil, errors.New("an Envoy that captures the traffic of its pod serves what was sent to the pod's addresses: set Addresses too")
+		}
+	}
 	type m = map[string]any
 	socket := func(hostport string) (m, error) {
 		host, port, err := net.SplitHostPort(hostport)
@@ -98,4 +114,12 @@ func (c Config) Envoy(adminAddress string) ([]byte, error) {
 		},
 		"static_resources": m{"clusters": clusters},
 	}, "", "  ")
+}
+
+func loopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.IsLoopback()
 }

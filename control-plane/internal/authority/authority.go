@@ -1,26 +1,28 @@
 // Package authority is the certificate authority of the mesh: it signs, for a
 // workload that has proved who it is, a certificate that says so for a day.
 //
-// It knows certificates, join tokens and the folder that holds its keys; it
-// does not know xDS, Kubernetes or which workloads there are. main opens it and
+// It knows certificates, join tokens and the files that hold its keys; it does
+// not know xDS, Kubernetes or which workloads there are. main opens it and
 // registers it at the server that package discovery runs over TLS, for which it
 // provides the credentials too.
 //
-// # The folder
+// # The files
+//
+// They are in a folder, or wherever else a Store keeps them.
 //
 //	ca.key     the key that signs (PEM), for nobody but its owner and group to read
 //	ca.crt     its certificate; where it is an intermediate, those between it and a root follow
 //	root.crt   every root that peers may be rooted in, the bundle that workloads are given
 //	token.key  the key of join tokens, 32 bytes in base64; may be absent: no join tokens then
 //
-// A folder that does not exist, or is empty, is made with a root of its own, at
-// once or not at all. Files may be exchanged while the program runs; what does
-// not fit together is refused and what was before stays in force.
+// Where there are none they are made with a root of their own, at once or not at
+// all. Files may be exchanged while the program runs; what does not fit together
+// is refused and what was before stays in force.
 //
 // A root is exchanged by overlap: add the new root to root.crt; when the longest
 // certificate has been renewed (--certificate-ttl later), put its key and
 // certificate into ca.key and ca.crt; as long later, take the old root out of
-// root.crt.
+// root.crt. Rotate makes each of these steps.
 package authority
 
 import (
@@ -61,7 +63,7 @@ const (
 const (
 	// skew is how far a certificate is valid backwards, for clocks that are slow.
 	skew = 5 * time.Minute
-	// reloadEvery is how often the folder is looked at.
+	// reloadEvery is how often the files are looked at.
 	reloadEvery = 10 * time.Second
 	// warnBefore a link of the chain expires the log says so, every warnEvery.
 	warnBefore = 30 * 24 * time.Hour
@@ -77,6 +79,8 @@ const (
 	TokenMalformed Reason = "token_malformed"
 	TokenSignature Reason = "token_signature"
 	TokenExpired   Reason = "token_expired"
+	TokenRejected  Reason = "token_rejected" // by the one who issued it
+	TokenUnbound   Reason = "token_unbound"  // it is no pod's, or not that pod's any more
 	TrustDomain    Reason = "trust_domain"
 	Certificate    Reason = "certificate"
 	Reserved       Reason = "reserved_identity"
@@ -87,7 +91,7 @@ const (
 )
 
 func reasons() []Reason {
-	return []Reason{NoProof, TokenMalformed, TokenSignature, TokenExpired, TrustDomain, Certificate, Reserved, BadRequest, OtherIdentity, TooOften, NotPossible}
+	return []Reason{NoProof, TokenMalformed, TokenSignature, TokenExpired, TokenRejected, TokenUnbound, TrustDomain, Certificate, Reserved, BadRequest, OtherIdentity, TooOften, NotPossible}
 }
 
 // Refusal is why a certificate was not signed. It never holds the token.
@@ -112,16 +116,17 @@ type Verifier interface {
 	Verify(ctx context.Context, token string) (identity.Identity, error)
 }
 
-// Options of an Authority. Dir and TrustDomain are required.
+// Options of an Authority. Store and TrustDomain are required.
 type Options struct {
-	Dir         string
+	Store       Store
 	TrustDomain string
 	// TTL of a workload's certificate, MinTTL to MaxTTL. Default DefaultTTL.
 	TTL time.Duration
 	// Names of the control plane's own certificate besides its identity: DNS names
 	// and IP addresses.
 	Names []string
-	// Verifier of tokens. Nil takes the join tokens of the folder.
+	// Verifier of tokens. Nil takes join tokens, whose key is then among the files
+	// that are made.
 	Verifier Verifier
 	// Log is slog.Default where nil.
 	Log *slog.Logger
@@ -144,13 +149,16 @@ type Authority struct {
 
 	current atomic.Pointer[keys]
 
+	changedMu sync.Mutex
+	changed   []func()
+
 	mu       sync.Mutex
 	own      *tls.Certificate // the control plane's
 	ownKeys  *keys            // that signed it
 	ownRenew time.Time
 }
 
-// keys are what a folder holds, never changed once read.
+// keys are what the files hold, never changed once read.
 type keys struct {
 	digest   [sha256.Size]byte // of the files
 	key      crypto.Signer
@@ -162,15 +170,15 @@ type keys struct {
 	tokenKey []byte // nil where there is none
 }
 
-// Open reads the folder, which it makes where there is none or an empty one.
-func Open(o Options) (*Authority, error) {
+// Open reads the files, which it makes where there are none.
+func Open(ctx context.Context, o Options) (*Authority, error) {
 	if o.TTL != 0 && (o.TTL < MinTTL || o.TTL > MaxTTL) {
 		return nil, fmt.Errorf("certificates that last %s: write %s to %s", o.TTL, MinTTL, MaxTTL)
 	}
-	return open(o)
+	return open(ctx, o)
 }
 
-func open(o Options) (*Authority, error) {
+func open(ctx context.Context, o Options) (*Authority, error) {
 	if o.TTL == 0 {
 		o.TTL = DefaultTTL
 	}
@@ -188,25 +196,49 @@ func open(o Options) (*Authority, error) {
 		a.verifier = joinTokens{a}
 	}
 	a.metrics = newMetrics(o.Registerer)
-	made, err := create(o.Dir, o.TrustDomain, a.now())
-	if err != nil {
-		return nil, fmt.Errorf("authority folder %s: %w", o.Dir, err)
+	if err := a.create(ctx); err != nil {
+		return nil, fmt.Errorf("authority: %s: %w", o.Store, err)
 	}
-	if made {
-		a.log.Info("a new root was made", "file.path", o.Dir, "outrigger.trust_domain", o.TrustDomain)
-	}
-	if _, err := a.Reload(); err != nil {
+	if _, err := a.Reload(ctx); err != nil {
 		return nil, err
 	}
 	return a, nil
 }
 
-// Reload reads the folder again and reports whether something has changed. On
-// an error what was before stays in force.
-func (a *Authority) Reload() (changed bool, err error) {
-	k, err := load(a.o.Dir, a.now())
+// create makes a root where there is none. Of several that do so at once one
+// wins, and the others use what it made.
+func (a *Authority) create(ctx context.Context) error {
+	_, err := a.o.Store.Load(ctx)
+	if !errors.Is(err, ErrEmpty) {
+		return err
+	}
+	files, err := newRoot(a.o.TrustDomain, a.now())
 	if err != nil {
-		return false, fmt.Errorf("authority folder %s: %w", a.o.Dir, err)
+		return err
+	}
+	if a.o.Verifier != nil {
+		delete(files, fileToken)
+	}
+	made, err := a.o.Store.Create(ctx, files)
+	if err != nil {
+		return err
+	}
+	if made {
+		a.log.Info("a new root was made", "file.path", a.o.Store.String(), "outrigger.trust_domain", a.o.TrustDomain)
+	}
+	return nil
+}
+
+// Reload reads the files again and reports whether something has changed. On an
+// error what was before stays in force.
+func (a *Authority) Reload(ctx context.Context) (changed bool, err error) {
+	files, err := a.o.Store.Load(ctx)
+	if err != nil {
+		return false, fmt.Errorf("authority: %s: %w", a.o.Store, err)
+	}
+	k, err := decode(files, a.now())
+	if err != nil {
+		return false, fmt.Errorf("authority: %s: %w", a.o.Store, err)
 	}
 	if old := a.current.Load(); old != nil && old.digest == k.digest {
 		return false, nil
@@ -216,7 +248,20 @@ func (a *Authority) Reload() (changed bool, err error) {
 	for name, c := range k.links() {
 		a.metrics.links.WithLabelValues(name).Set(float64(c.NotAfter.Unix()))
 	}
+	a.changedMu.Lock()
+	defer a.changedMu.Unlock()
+	for _, f := range a.changed {
+		f()
+	}
 	return true, nil
+}
+
+// OnChange has f called, from whichever goroutine reloads, after the keys or the
+// roots have changed. f must return at once.
+func (a *Authority) OnChange(f func()) {
+	a.changedMu.Lock()
+	defer a.changedMu.Unlock()
+	a.changed = append(a.changed, f)
 }
 
 // links of the chains that workloads are given, by what they are called.
@@ -238,7 +283,7 @@ func fingerprint(c *x509.Certificate) string {
 	return hex.EncodeToString(sum[:4])
 }
 
-// Run follows the folder until ctx ends, and returns nil then.
+// Run follows the files until ctx ends, and returns nil then.
 func (a *Authority) Run(ctx context.Context) error {
 	tick := time.NewTicker(reloadEvery)
 	defer tick.Stop()
@@ -258,19 +303,24 @@ func (a *Authority) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		switch changed, err := a.Reload(); {
+		switch changed, err := a.Reload(ctx); {
+		case ctx.Err() != nil:
+			return nil
 		case err != nil && err.Error() != said:
 			said = err.Error()
-			a.log.Warn("the authority's folder cannot be used as it is; what was before stays in force", "error.message", said)
+			a.log.Warn("the authority's files cannot be used as they are; what was before stays in force", "error.message", said)
 		case changed:
 			said, warned = "", time.Time{}
-			a.log.Info("the authority's folder has changed", "issuer", fingerprint(a.current.Load().issuer), "roots", len(a.current.Load().roots))
+			a.log.Info("the authority's files have changed", "issuer", fingerprint(a.current.Load().issuer), "roots", len(a.current.Load().roots))
 		}
 	}
 }
 
 // Roots are all that peers may be rooted in.
 func (a *Authority) Roots() []*x509.Certificate { return a.current.Load().roots }
+
+// Bundle is Roots in PEM.
+func (a *Authority) Bundle() []byte { return signing.EncodeCertificates(a.Roots()) }
 
 // Sign signs the key of a request in DER for a workload that has proved that it
 // is id. Its error is a Refusal.

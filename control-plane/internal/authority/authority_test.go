@@ -58,11 +58,11 @@ func (c *clock) advance(d time.Duration) { c.ahead.Add(int64(d)) }
 
 func open(t *testing.T, change ...func(*authority.Options)) *authority.Authority {
 	t.Helper()
-	o := authority.Options{Dir: filepath.Join(t.TempDir(), "authority"), TrustDomain: domain, Names: []string{"localhost", "127.0.0.1"}, Log: slog.New(slog.DiscardHandler)}
+	o := authority.Options{Store: authority.Folder(filepath.Join(t.TempDir(), "authority")), TrustDomain: domain, Names: []string{"localhost", "127.0.0.1"}, Log: slog.New(slog.DiscardHandler)}
 	for _, c := range change {
 		c(&o)
 	}
-	a, err := authority.OpenAnyTTL(o)
+	a, err := authority.OpenAnyTTL(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +212,7 @@ func TestFolderIsMadeOnce(t *testing.T) {
 	roots := make([]*x509.Certificate, 8)
 	for i := range roots {
 		wg.Go(func() {
-			a, err := authority.Open(authority.Options{Dir: dir, TrustDomain: domain, Log: slog.New(slog.DiscardHandler)})
+			a, err := authority.Open(t.Context(), authority.Options{Store: authority.Folder(dir), TrustDomain: domain, Log: slog.New(slog.DiscardHandler)})
 			if err != nil {
 				t.Error(err)
 				return
@@ -235,7 +235,7 @@ func TestFolderIsMadeOnce(t *testing.T) {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 	empty := t.TempDir() // one that exists and is empty
-	if _, err := authority.Open(authority.Options{Dir: empty, TrustDomain: domain, Log: slog.New(slog.DiscardHandler)}); err != nil {
+	if _, err := authority.Open(t.Context(), authority.Options{Store: authority.Folder(empty), TrustDomain: domain, Log: slog.New(slog.DiscardHandler)}); err != nil {
 		t.Error(err)
 	}
 }
@@ -266,14 +266,14 @@ func TestFoldersAreChecked(t *testing.T) {
 	} {
 		t.Run(want, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "authority")
-			o := authority.Options{Dir: dir, TrustDomain: domain, Log: slog.New(slog.DiscardHandler)}
-			if _, err := authority.Open(o); err != nil {
+			o := authority.Options{Store: authority.Folder(dir), TrustDomain: domain, Log: slog.New(slog.DiscardHandler)}
+			if _, err := authority.Open(t.Context(), o); err != nil {
 				t.Fatal(err)
 			}
 			if err := spoil(dir); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := authority.Open(o); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), dir) {
+			if _, err := authority.Open(t.Context(), o); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), dir) {
 				t.Errorf("%v", err)
 			}
 		})
@@ -283,8 +283,8 @@ func TestFoldersAreChecked(t *testing.T) {
 		"certificates that last 48h": {TTL: 48 * time.Hour, TrustDomain: domain},
 		`trust domain "A b"`:         {TrustDomain: "A b"},
 	} {
-		o.Dir = t.TempDir()
-		if _, err := authority.Open(o); err == nil || !strings.Contains(err.Error(), want) {
+		o.Store = authority.Folder(t.TempDir())
+		if _, err := authority.Open(t.Context(), o); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v; want %q", err, want)
 		}
 	}
@@ -348,7 +348,7 @@ func TestIntermediate(t *testing.T) {
 	}
 	put(t, dir, issuerKey, []*x509.Certificate{older, issuer, middle}, []*x509.Certificate{root})
 	reg := prometheus.NewPedanticRegistry()
-	a := open(t, func(o *authority.Options) { o.Dir, o.Registerer = dir, reg })
+	a := open(t, func(o *authority.Options) { o.Store, o.Registerer = authority.Folder(dir), reg })
 	r, err := a.Sign(payments, csr(t, key(t), &x509.CertificateRequest{}))
 	if err != nil {
 		t.Fatal(err)
@@ -371,7 +371,7 @@ func TestRootRotation(t *testing.T) {
 	oldRoot, oldKey := newCA(t, "old", nil, nil, 2*time.Hour, 1000*time.Hour)
 	newRoot, newKey := newCA(t, "new", nil, nil, time.Hour, 1000*time.Hour)
 	put(t, dir, oldKey, []*x509.Certificate{oldRoot}, []*x509.Certificate{oldRoot})
-	a := open(t, func(o *authority.Options) { o.Dir = dir })
+	a := open(t, func(o *authority.Options) { o.Store = authority.Folder(dir) })
 	sign := func(issuer *x509.Certificate, roots int) *x509.Certificate {
 		t.Helper()
 		r, err := a.Sign(payments, csr(t, key(t), &x509.CertificateRequest{}))
@@ -385,7 +385,7 @@ func TestRootRotation(t *testing.T) {
 	}
 	reload := func(want bool) {
 		t.Helper()
-		if changed, err := a.Reload(); changed != want || err != nil {
+		if changed, err := a.Reload(t.Context()); changed != want || err != nil {
 			t.Errorf("changed %t, %v", changed, err)
 		}
 	}
@@ -397,7 +397,7 @@ func TestRootRotation(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "ca.key"), []byte("half written"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.Reload(); err == nil {
+	if _, err := a.Reload(t.Context()); err == nil {
 		t.Error("a broken key was taken")
 	}
 	sign(oldRoot, 2)
@@ -413,11 +413,11 @@ func TestAnExpiredIssuerSignsNothing(t *testing.T) {
 	dir, c := t.TempDir(), &clock{}
 	root, rootKey := newCA(t, "root", nil, nil, time.Hour, time.Hour)
 	put(t, dir, rootKey, []*x509.Certificate{root}, []*x509.Certificate{root})
-	a := open(t, func(o *authority.Options) { o.Dir, o.Now = dir, c.now })
+	a := open(t, func(o *authority.Options) { o.Store, o.Now = authority.Folder(dir), c.now })
 	c.advance(2 * time.Hour)
 	_, err := a.Sign(payments, csr(t, key(t), &x509.CertificateRequest{}))
 	refused(t, err, authority.NotPossible, "has expired at")
-	if _, err := a.Reload(); err == nil || !strings.Contains(err.Error(), "expired") {
+	if _, err := a.Reload(t.Context()); err == nil || !strings.Contains(err.Error(), "expired") {
 		t.Errorf("%v", err)
 	}
 }

@@ -1,6 +1,9 @@
 package authority
 
 import (
+	"bytes"
+	"cmp"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -13,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,32 +28,50 @@ import (
 )
 
 const (
-	fileKey   = "ca.key"
-	fileCert  = "ca.crt"
-	fileRoots = "root.crt"
-	fileToken = "token.key"
 	// rootTTL is how long a root that is made here lasts.
 	rootTTL = 10 * 365 * 24 * time.Hour
 	// tokenKeySize in bytes.
 	tokenKeySize = 32
-	// maxFile bounds a file of the folder, in bytes.
-	maxFile = 256 << 10
 	// othersMay are the bits of a key's mode that must not be set. The group may
 	// read, because a mounted Secret cannot do without.
 	othersMay = 0o037
 )
 
-// create makes the folder where there is none or an empty one, under another
-// name first, so that it is there whole or not at all, also where two programs
-// do it at once.
-func create(dir, trustDomain string, now time.Time) (made bool, err error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return false, err
+// Folder is a Store in a folder, which may be a mounted Secret and read only.
+func Folder(dir string) Store { return folder(dir) }
+
+type folder string
+
+// String implements Store.
+func (f folder) String() string { return "folder " + string(f) }
+
+// Load implements Store.
+func (f folder) Load(context.Context) (Files, error) {
+	entries, err := os.ReadDir(string(f))
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
+		return nil, ErrEmpty
 	}
-	if len(entries) > 0 {
-		return false, nil
+	if err != nil {
+		return nil, err
 	}
+	out := Files{}
+	for _, name := range Names() {
+		b, err := read(filepath.Join(string(f), name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		out[name] = b
+	}
+	return out, nil
+}
+
+// Create implements Store. It makes the folder under another name first, so that
+// it is there whole or not at all.
+func (f folder) Create(_ context.Context, files Files) (made bool, err error) {
+	dir := string(f)
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return false, err
 	}
@@ -62,10 +84,6 @@ func create(dir, trustDomain string, now time.Time) (made bool, err error) {
 			err = errors.Join(err, os.RemoveAll(stage))
 		}
 	}()
-	files, err := newRoot(trustDomain, now)
-	if err != nil {
-		return false, err
-	}
 	for name, text := range files {
 		if err := write(filepath.Join(stage, name), text); err != nil {
 			return false, err
@@ -84,7 +102,56 @@ func create(dir, trustDomain string, now time.Time) (made bool, err error) {
 	return true, flush(filepath.Dir(dir))
 }
 
-func newRoot(trustDomain string, now time.Time) (map[string][]byte, error) {
+// Replace implements Store. Certificates are written before keys, so that at no
+// time a key has no certificate.
+func (f folder) Replace(ctx context.Context, old, next Files) (err error) {
+	d, err := os.Open(string(f))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	// Two programs that rotate at once; those that read need no lock.
+	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX); err != nil {
+		return fmt.Errorf("lock it: %w", err)
+	}
+	now, err := f.Load(ctx)
+	if err != nil {
+		return err
+	}
+	if !maps.EqualFunc(now, old, bytes.Equal) {
+		return ErrChanged
+	}
+	names := slices.SortedFunc(maps.Keys(next), func(a, b string) int {
+		return cmp.Or(cmp.Compare(filepath.Ext(a), filepath.Ext(b)), cmp.Compare(a, b)) // .crt before .key
+	})
+	for _, name := range names {
+		path := filepath.Join(string(f), name)
+		if bytes.Equal(old[name], next[name]) {
+			continue
+		}
+		if err := os.Remove(path + ".new"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := write(path+".new", next[name]); err != nil {
+			return err
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			return err
+		}
+	}
+	for name := range old {
+		if _, stays := next[name]; stays {
+			continue
+		}
+		if err := os.Remove(filepath.Join(string(f), name)); err != nil {
+			return err
+		}
+	}
+	return d.Sync()
+}
+
+// newRoot makes the files of a new authority.
+func newRoot(trustDomain string, now time.Time) (Files, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -106,7 +173,7 @@ func newRoot(trustDomain string, now time.Time) (map[string][]byte, error) {
 	token := make([]byte, tokenKeySize)
 	_, _ = rand.Read(token) // it never fails
 	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	return map[string][]byte{
+	return Files{
 		fileKey:  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
 		fileCert: cert, fileRoots: cert,
 		fileToken: []byte(base64.StdEncoding.EncodeToString(token) + "\n"),
@@ -115,7 +182,7 @@ func newRoot(trustDomain string, now time.Time) (map[string][]byte, error) {
 
 func write(path string, text []byte) (err error) {
 	mode := fs.FileMode(0o600)
-	if strings.HasSuffix(path, ".crt") {
+	if strings.HasSuffix(strings.TrimSuffix(path, ".new"), ".crt") {
 		mode = 0o644
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
@@ -138,23 +205,21 @@ func flush(dir string) (err error) {
 	return d.Sync()
 }
 
-// load reads a folder and checks that what it holds fits together now.
-func load(dir string, now time.Time) (*keys, error) {
+// decode checks that what the files hold fits together now.
+func decode(content Files, now time.Time) (*keys, error) {
 	k := &keys{pool: x509.NewCertPool()}
-	content := map[string][]byte{}
 	sum := sha256.New()
 	for _, name := range []string{fileKey, fileCert, fileRoots, fileToken} {
-		b, err := read(filepath.Join(dir, name))
-		if errors.Is(err, fs.ErrNotExist) {
-			if name == fileToken {
-				continue
-			}
-			return nil, fmt.Errorf("%s is missing: put ca.key, ca.crt and root.crt there, or name a folder that does not exist yet", name)
+		b, ok := content[name]
+		if !ok && name == fileToken {
+			continue
 		}
-		if err != nil {
-			return nil, err
+		if !ok {
+			return nil, fmt.Errorf("%s is missing: put ca.key, ca.crt and root.crt there, or nothing at all", name)
 		}
-		content[name] = b
+		if len(b) > MaxFile {
+			return nil, fmt.Errorf("%s: %d bytes; at most %d", name, len(b), MaxFile)
+		}
 		_, _ = fmt.Fprintf(sum, "%s %d\n%s", name, len(b), b) // a hash never fails to write
 	}
 	sum.Sum(k.digest[:0])
@@ -220,8 +285,8 @@ func read(path string) ([]byte, error) {
 	if strings.HasSuffix(path, ".key") && info.Mode().Perm()&othersMay != 0 {
 		return nil, fmt.Errorf("%s has mode %04o, so that others could read or change the key: chmod 600 it, and make new keys if somebody may have read it", filepath.Base(path), info.Mode().Perm())
 	}
-	if info.Size() > maxFile {
-		return nil, fmt.Errorf("%s: %d bytes; at most %d", filepath.Base(path), info.Size(), maxFile)
+	if info.Size() > MaxFile {
+		return nil, fmt.Errorf("%s: %d bytes; at most %d", filepath.Base(path), info.Size(), MaxFile)
 	}
 	return os.ReadFile(path)
 }

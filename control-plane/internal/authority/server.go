@@ -135,7 +135,7 @@ func (a *Authority) refused(from string, id identity.Identity, err error) error 
 		reason = r.Reason
 	}
 	switch reason {
-	case NoProof, TokenMalformed, TokenSignature, TokenExpired, TrustDomain, Certificate:
+	case NoProof, TokenMalformed, TokenSignature, TokenExpired, TokenRejected, TokenUnbound, TrustDomain, Certificate:
 		code = codes.Unauthenticated
 	case Reserved, OtherIdentity:
 		code = codes.PermissionDenied

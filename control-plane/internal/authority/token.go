@@ -51,7 +51,7 @@ func (a *Authority) JoinToken(workload string, ttl time.Duration) (string, error
 	}
 	key := a.current.Load().tokenKey
 	if key == nil {
-		return "", fmt.Errorf("%s has no %s: write what openssl rand -base64 32 prints into it, with mode 600", a.o.Dir, fileToken)
+		return "", fmt.Errorf("%s has no %s: write what openssl rand -base64 32 prints into it, with mode 600", a.o.Store, fileToken)
 	}
 	return encodeToken(claims{id.TrustDomain, id.Namespace, id.ServiceAccount, a.now().Add(ttl).Unix()}, key)
 }

@@ -22,6 +22,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 )
 
 // absent is recorded as the version of a name about which a client was told
@@ -47,9 +48,29 @@ type scope map[string]map[string]served
 
 // plane holds what a kind of data plane is told and who waits for changes.
 type plane struct {
-	set    *xds.Set
-	all    scope
-	byName map[string]map[string]map[*watch]struct{} // type, name
+	set      *xds.Set
+	all      scope
+	overlays map[string]map[string]served              // namespace, route: what is served there instead
+	byName   map[string]map[string]map[*watch]struct{} // type, name
+}
+
+// asker is whose a request is, as far as it matters for the answer.
+type asker struct {
+	dp        xds.DataPlane
+	view      string // key of its view; Envoy only
+	namespace string
+	account   string
+	inbound   string // the listener that is for it alone; "" where its id names none
+}
+
+// foreign reports whether a listener is for another node alone. What is served
+// under its name may be the zero value.
+func (a asker) foreign(name string, s served) bool {
+	if !strings.HasPrefix(name, xds.InboundPrefix) {
+		return false
+	}
+	// A client has proved its service account, and with it not which pod it is.
+	return name != a.inbound || s.Resource != nil && a.account != "" && s.ServiceAccount != a.account
 }
 
 // view is what Envoys with the same listeners get for wildcards.
@@ -74,8 +95,9 @@ type client struct {
 // watch is one client waiting for one type. Its owner is the stream: a watch is
 // answered at most once, and the client's next request opens another.
 type watch struct {
+	asker
 	plane    *plane
-	view     *view   // Envoy only
+	own      *view   // Envoy only
 	client   *client // Envoy only
 	typeURL  string
 	names    map[string]struct{}
@@ -126,7 +148,7 @@ func newConfigCache(grace time.Duration, now func() time.Time, wake func(), time
 		planes: map[xds.DataPlane]*plane{}, views: map[string]*view{}, clients: map[*corev3.Node]*client{},
 	}
 	for _, dp := range xds.DataPlanes() {
-		p := &plane{all: scope{}, byName: map[string]map[string]map[*watch]struct{}{}}
+		p := &plane{all: scope{}, overlays: map[string]map[string]served{}, byName: map[string]map[string]map[*watch]struct{}{}}
 		for _, t := range xds.TypeURLs() {
 			p.all[t] = map[string]served{}
 			p.byName[t] = map[string]map[*watch]struct{}{}
@@ -151,7 +173,7 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 	}
 	views := map[string]*xds.EnvoyView{}
 	for k, v := range c.views {
-		if views[k], err = sets[xds.Envoy].EnvoyView(v.node); err != nil {
+		if views[k], err = sets[xds.Envoy].EnvoyView(v.node, v.built); err != nil {
 			return nil, fmt.Errorf("view of an Envoy: %w", err)
 		}
 	}
@@ -159,18 +181,22 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 	c.mesh = m
 	changed = map[string]int{}
 	type concern struct {
-		p     *plane
-		names map[string][]string
+		p        *plane
+		names    map[string][]string
+		overlaid map[string][]string // by namespace
 	}
 	var concerns []concern
 	for dp, p := range c.planes {
 		p.set = sets[dp]
-		names := map[string][]string{}
-		for _, t := range xds.TypeURLs() {
-			names[t] = c.merge(p.all[t], p.set.Of(t), t, now)
-			changed[t] += len(names[t])
+		cn := concern{p, map[string][]string{}, c.overlay(p, now)}
+		for _, names := range cn.overlaid {
+			changed[xds.RouteType] += len(names)
 		}
-		concerns = append(concerns, concern{p, names})
+		for _, t := range xds.TypeURLs() {
+			cn.names[t] = c.merge(p.all[t], p.set.Of(t), t == xds.ListenerType, now)
+			changed[t] += len(cn.names[t])
+		}
+		concerns = append(concerns, cn)
 	}
 	dirty := map[*view]bool{}
 	for k, v := range c.views {
@@ -178,8 +204,8 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 			dirty[v] = true
 		}
 		v.built = views[k]
-		c.merge(v.all[xds.ListenerType], v.built.Listeners, xds.ListenerType, now)
-		c.merge(v.all[xds.ClusterType], v.built.Clusters, xds.ClusterType, now)
+		c.merge(v.all[xds.ListenerType], v.built.Listeners, true, now)
+		c.merge(v.all[xds.ClusterType], v.built.Clusters, false, now)
 	}
 	for _, t := range xds.TypeURLs() {
 		for _, cn := range concerns {
@@ -187,6 +213,11 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 				cn.names[t] = slices.Collect(maps.Keys(cn.p.byName[t]))
 			}
 			c.notify(cn.p, t, cn.names[t])
+			if t == xds.RouteType {
+				for namespace, names := range cn.overlaid {
+					c.notifyIn(cn.p, namespace, names)
+				}
+			}
 		}
 		for _, v := range c.views {
 			if first || dirty[v] {
@@ -198,10 +229,36 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 	return changed, nil
 }
 
+// overlay brings the routes of namespaces to what is wanted, and returns the names
+// that changed by namespace. Where there is one that all share, what is there
+// instead of it goes at once.
+func (c *configCache) overlay(p *plane, now time.Time) map[string][]string {
+	want, shared := p.set.Overlays(), p.set.Of(xds.RouteType)
+	for namespace := range want {
+		if p.overlays[namespace] == nil {
+			p.overlays[namespace] = map[string]served{}
+		}
+	}
+	changed := map[string][]string{}
+	for namespace, have := range p.overlays {
+		for name := range have {
+			if want[namespace][name] == nil && shared[name] != nil {
+				delete(have, name)
+				changed[namespace] = append(changed[namespace], name)
+			}
+		}
+		changed[namespace] = append(changed[namespace], c.merge(have, want[namespace], false, now)...)
+		if len(have) == 0 {
+			delete(p.overlays, namespace)
+		}
+	}
+	return changed
+}
+
 // merge brings what is served of a type to what is wanted, and returns the
 // names that changed. A listener goes at once; what listeners and routes refer
 // to stays for the grace period.
-func (c *configCache) merge(have map[string]served, want xds.Resources, typeURL string, now time.Time) []string {
+func (c *configCache) merge(have map[string]served, want xds.Resources, atOnce bool, now time.Time) []string {
 	var names []string
 	for name, r := range want {
 		old, ok := have[name]
@@ -219,7 +276,7 @@ func (c *configCache) merge(have map[string]served, want xds.Resources, typeURL 
 		if _, ok := want[name]; ok || !s.removeAt.IsZero() {
 			continue
 		}
-		if typeURL == xds.ListenerType || c.grace == 0 {
+		if atOnce || c.grace == 0 {
 			delete(have, name)
 			names = append(names, name)
 			continue
@@ -255,6 +312,15 @@ func (c *configCache) sweep() time.Time {
 	for _, t := range types {
 		for _, p := range c.planes {
 			c.notify(p, t, due(p.all[t]))
+			if t != xds.RouteType {
+				continue
+			}
+			for namespace, have := range p.overlays {
+				c.notifyIn(p, namespace, due(have))
+				if len(have) == 0 {
+					delete(p.overlays, namespace)
+				}
+			}
 		}
 		for _, v := range c.views {
 			if len(due(v.all[t])) > 0 {
@@ -281,6 +347,9 @@ func (c *configCache) nextDue() time.Time {
 		for _, have := range p.all {
 			look(have)
 		}
+		for _, have := range p.overlays {
+			look(have)
+		}
 	}
 	for _, v := range c.views {
 		for _, have := range v.all {
@@ -305,6 +374,17 @@ func (c *configCache) notify(p *plane, typeURL string, names []string) {
 	}
 	for w := range concerned {
 		c.tryAnswer(w)
+	}
+}
+
+// notifyIn tells those of a namespace that routes have changed for them.
+func (c *configCache) notifyIn(p *plane, namespace string, names []string) {
+	for _, n := range names {
+		for w := range maps.Clone(p.byName[xds.RouteType][n]) {
+			if w.namespace == namespace {
+				c.tryAnswer(w)
+			}
+		}
 	}
 }
 
@@ -351,11 +431,11 @@ func (c *configCache) retry(cl *client) {
 // listener or route leads to, with its endpoints. A cluster that it is not to
 // have is not waited for: its share of the requests is answered 500.
 func (w *watch) ready(s served) bool {
-	if w.view == nil || w.client == nil {
+	if w.own == nil || w.client == nil {
 		return true
 	}
 	for _, name := range s.Reaches {
-		if _, ok := w.view.all[xds.ClusterType][name]; !ok {
+		if _, ok := w.own.all[xds.ClusterType][name]; !ok {
 			continue
 		}
 		if _, ok := w.client.acked[xds.ClusterType][name]; !ok {
@@ -371,12 +451,20 @@ func (w *watch) ready(s served) bool {
 
 // lookup finds a resource as the client of the watch sees it.
 func (w *watch) lookup(name string) (served, bool) {
-	if w.view != nil {
-		if s, ok := w.view.all[w.typeURL][name]; ok {
+	if w.own != nil {
+		if s, ok := w.own.all[w.typeURL][name]; ok {
+			return s, true
+		}
+	}
+	if w.typeURL == xds.RouteType {
+		if s, ok := w.plane.overlays[w.namespace][name]; ok {
 			return s, true
 		}
 	}
 	s, ok := w.plane.all[w.typeURL][name]
+	if w.typeURL == xds.ListenerType && w.foreign(name, s) {
+		return served{}, false
+	}
 	return s, ok
 }
 
@@ -393,8 +481,8 @@ func (c *configCache) compute(w *watch) *answer {
 		a.returned = map[string]string{}
 	}
 	var wanted map[string]served // by wildcard
-	if w.wildcard && w.view != nil {
-		wanted = w.view.all[w.typeURL]
+	if w.wildcard && w.own != nil {
+		wanted = w.own.all[w.typeURL]
 	}
 	news := false
 	see := func(name string, s served, exists bool) {
@@ -465,11 +553,11 @@ func (c *configCache) compute(w *watch) *answer {
 // open answers the watch at once if there is something to tell, else keeps it.
 // The function it returns ends the watch; it may be called more than once.
 func (c *configCache) open(w *watch, node *corev3.Node) func() {
-	dp, viewKey := whose(node)
+	w.asker = whose(node)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	w.plane = c.planes[dp]
-	w.view = c.views[viewKey]
+	w.plane = c.planes[w.dp]
+	w.own = c.views[w.view]
 	w.client = c.clients[node]
 	if c.tryAnswer(w) {
 		return func() {}
@@ -482,8 +570,8 @@ func (c *configCache) open(w *watch, node *corev3.Node) func() {
 		}
 		ws[w] = struct{}{}
 	}
-	if w.view != nil {
-		w.view.watches[w] = struct{}{}
+	if w.own != nil {
+		w.own.watches[w] = struct{}{}
 	}
 	return func() {
 		c.mu.Lock()
@@ -500,8 +588,8 @@ func (c *configCache) forget(w *watch) {
 			delete(w.plane.byName[w.typeURL], name)
 		}
 	}
-	if w.view != nil {
-		delete(w.view.watches, w)
+	if w.own != nil {
+		delete(w.own.watches, w)
 	}
 	if w.client != nil {
 		delete(w.client.held, w)
@@ -575,11 +663,11 @@ func (c *configCache) hold(node xds.EnvoyNode) (err error) {
 			xds.ListenerType: {}, xds.ClusterType: {},
 		}}
 		if c.mesh != nil {
-			if v.built, err = c.planes[xds.Envoy].set.EnvoyView(node); err != nil {
+			if v.built, err = c.planes[xds.Envoy].set.EnvoyView(node, nil); err != nil {
 				return err
 			}
-			c.merge(v.all[xds.ListenerType], v.built.Listeners, xds.ListenerType, now)
-			c.merge(v.all[xds.ClusterType], v.built.Clusters, xds.ClusterType, now)
+			c.merge(v.all[xds.ListenerType], v.built.Listeners, true, now)
+			c.merge(v.all[xds.ClusterType], v.built.Clusters, false, now)
 		}
 		c.views[key] = v
 	}
@@ -610,10 +698,25 @@ func (c *configCache) release(key string) {
 }
 
 // current returns what is served under a name to a node.
-func (c *configCache) current(dp xds.DataPlane, viewKey, typeURL, name string) (served, bool) {
+func (c *configCache) current(a asker, typeURL, name string) (served, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return (&watch{plane: c.planes[dp], view: c.views[viewKey], typeURL: typeURL}).lookup(name)
+	return (&watch{asker: a, plane: c.planes[a.dp], own: c.views[a.view], typeURL: typeURL}).lookup(name)
+}
+
+// foreign reports whether a node asks for a listener that is for another alone.
+func (c *configCache) foreign(a asker, typeURL, name string) bool {
+	if typeURL != xds.ListenerType || !strings.HasPrefix(name, xds.InboundPrefix) {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if v := c.views[a.view]; v != nil {
+		if _, ok := v.all[typeURL][name]; ok {
+			return false
+		}
+	}
+	return a.foreign(name, c.planes[a.dp].all[typeURL][name])
 }
 
 // sets returns what was built last for each data plane; nil before the first
@@ -720,17 +823,22 @@ func versionOf(returned map[string]string) string {
 	return hex.EncodeToString(h.Sum(nil)[:8])
 }
 
-// whose tells the data plane of a node and, for an Envoy, the key of its view.
-func whose(node *corev3.Node) (xds.DataPlane, string) {
-	dp := xds.DataPlaneOf(node.GetUserAgentName())
-	if dp != xds.Envoy {
-		return dp, ""
+// whose tells what matters of a node. That it may say so of itself, the tracker
+// has seen to.
+func whose(node *corev3.Node) asker {
+	said := func(key string) string { return node.GetMetadata().GetFields()[key].GetStringValue() }
+	a := asker{dp: xds.DataPlaneOf(node.GetUserAgentName()), namespace: said(bootstrap.MetaNamespace), account: said(bootstrap.MetaServiceAccount)}
+	// A namespace has no dot in it, and the name of a pod may have.
+	id := node.GetId()
+	if i := strings.LastIndexByte(id, '.'); i > 0 && (a.namespace == "" || a.namespace == id[i+1:]) {
+		a.inbound = xds.InboundListenerName(id[i+1:], id[:i])
 	}
-	n, err := xds.ParseEnvoyNode(node.GetMetadata())
-	if err != nil {
-		return dp, "" // the stream is refused for it, by the tracker
+	if a.dp == xds.Envoy {
+		if n, err := xds.ParseEnvoyNode(node.GetMetadata()); err == nil { // else the stream is refused for it
+			a.view = n.Key()
+		}
 	}
-	return dp, n.Key()
+	return a
 }
 
 func errUnservedType(typeURL string) error {

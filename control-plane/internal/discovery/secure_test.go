@@ -65,8 +65,8 @@ func startSecure(t *testing.T, now func() time.Time) secure {
 
 func newAuthority(t *testing.T, trustDomain string, now func() time.Time) *authority.Authority {
 	t.Helper()
-	a, err := authority.Open(authority.Options{
-		Dir: filepath.Join(t.TempDir(), "authority"), TrustDomain: trustDomain, Names: []string{"127.0.0.1"}, Log: slog.New(slog.DiscardHandler), Now: now,
+	a, err := authority.Open(t.Context(), authority.Options{
+		Store: authority.Folder(filepath.Join(t.TempDir(), "authority")), TrustDomain: trustDomain, Names: []string{"127.0.0.1"}, Log: slog.New(slog.DiscardHandler), Now: now,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -28,7 +28,11 @@
 //     the same, and counted. The others wait for what they need by themselves.
 //   - Only an Envoy may ask with a wildcard; it gets the listeners that its node
 //     metadata asks for and the clusters that those can reach.
-//   - Over TLS a stream needs a client certificate of the trust domain, and the
+//   - A route that is there once more for a namespace is what nodes get whose
+//     metadata NAMESPACE that is; when it goes, they get the one that all share.
+//   - The listener inbound/<namespace>/<pod> exists for the node <pod>.<namespace>
+//     alone. To others it does not, and that they asked is counted.
+//   - A stream is of the node that its first request names. Over TLS a stream needs a client certificate of the trust domain, and the
 //     node may not be of another namespace or service account than that proves.
 package discovery
 
@@ -138,7 +142,13 @@ func (s *Server) Publish(m *mesh.Mesh) error {
 	}
 	for dp, set := range s.cache.sets() {
 		for _, t := range xds.TypeURLs() {
-			s.metrics.resources.WithLabelValues(string(dp), shortType(t)).Set(float64(len(set.Of(t))))
+			n := len(set.Of(t))
+			if t == xds.RouteType {
+				for _, routes := range set.Overlays() {
+					n += len(routes)
+				}
+			}
+			s.metrics.resources.WithLabelValues(string(dp), shortType(t)).Set(float64(n))
 		}
 	}
 	for t, n := range changed {
@@ -337,6 +347,7 @@ type metrics struct {
 	resources *prometheus.GaugeVec
 	changed   *prometheus.CounterVec
 	ordering  *prometheus.CounterVec
+	foreign   prometheus.Counter
 	push      prometheus.Histogram
 }
 
@@ -364,6 +375,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "outrigger_xds_ordering_timeouts_total",
 			Help: "Listeners and routes that an Envoy was sent without having acknowledged, for 2 s, the clusters that they lead to, by response.",
 		}, []string{"type"}),
+		foreign: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "outrigger_xds_foreign_listeners_total",
+			Help: "Subscriptions to the inbound listener of another pod, which are answered that it does not exist.",
+		}),
 		push: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "outrigger_xds_push_duration_seconds", Help: "From the publish of a change to its acknowledgement by a data plane.",
 			Buckets:                     prometheus.ExponentialBuckets(0.001, 2, 15),
@@ -380,6 +395,6 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for _, t := range []string{xds.ListenerType, xds.RouteType} {
 		m.ordering.WithLabelValues(shortType(t))
 	}
-	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.push)
+	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.foreign, m.push)
 	return m
 }

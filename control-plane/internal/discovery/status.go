@@ -78,10 +78,10 @@ type streamKey struct {
 }
 
 type stream struct {
-	peer      *identity.Identity // what the client has proved; nil in clear
-	node      string
-	dp        xds.DataPlane
-	viewKey   string
+	peer *identity.Identity // what the client has proved; nil in clear
+	node string
+	seen *corev3.Node // the last that was looked at
+	asker
 	client    *client // Envoy only; its view is held
 	connected time.Time
 	types     map[string]*typeState
@@ -142,7 +142,7 @@ func (t *tracker) closed(k streamKey) {
 	}
 	if s.client != nil {
 		t.cache.disconnect(s.client)
-		t.cache.release(s.viewKey)
+		t.cache.release(s.view)
 	}
 	if s.node != "" {
 		t.metrics.connected.WithLabelValues(string(s.dp)).Dec()
@@ -153,6 +153,15 @@ func (t *tracker) closed(k streamKey) {
 // introduce takes the node of a stream's first request.
 func (t *tracker) introduce(s *stream, node *corev3.Node) error {
 	if s.node != "" {
+		if node == nil || node == s.seen {
+			return nil
+		}
+		// What is answered is for the node of the request.
+		if node.GetId() != s.node || whose(node) != s.asker {
+			t.metrics.refused.WithLabelValues("node").Inc()
+			return grpcstatus.Errorf(codes.InvalidArgument, "node %s says in a later request that it is %q, or of another kind, namespace or service account: a stream is of one data plane", s.node, node.GetId())
+		}
+		s.seen = node
 		t.cache.knownBy(s.client, node)
 		return nil
 	}
@@ -165,22 +174,26 @@ func (t *tracker) introduce(s *stream, node *corev3.Node) error {
 		t.log.Warn("a data plane was refused", "xds.node", node.GetId(), "outrigger.identity", s.peer.SPIFFE(), "error.message", err.Error())
 		return err
 	}
-	s.dp = xds.DataPlaneOf(node.GetUserAgentName())
+	s.asker = whose(node)
 	if s.dp == xds.Envoy {
 		n, err := xds.ParseEnvoyNode(node.GetMetadata())
 		if err != nil {
 			t.metrics.refused.WithLabelValues("node").Inc()
 			return grpcstatus.Errorf(codes.InvalidArgument, "node %s: %v", node.GetId(), err)
 		}
+		if n.Capture && xds.InboundListenerName(n.Namespace, n.Instance) != s.inbound {
+			t.metrics.refused.WithLabelValues("node").Inc()
+			return grpcstatus.Errorf(codes.InvalidArgument, "node %s says that it is the pod %s/%s: its id must be <instance>.<namespace>", node.GetId(), n.Namespace, n.Instance)
+		}
 		if err := t.cache.hold(n); err != nil {
 			return grpcstatus.Errorf(codes.Internal, "node %s: %v", node.GetId(), err)
 		}
-		s.viewKey, s.client = n.Key(), t.cache.connect()
+		s.client = t.cache.connect()
 		t.cache.knownBy(s.client, node)
 	}
-	s.node = node.GetId()
+	s.node, s.seen = node.GetId(), node
 	t.metrics.connected.WithLabelValues(string(s.dp)).Inc()
-	t.log.Info("data plane connected", "xds.node", s.node, "xds.data_plane", s.dp, "xds.missing_upstreams", t.cache.missing(s.viewKey))
+	t.log.Info("data plane connected", "xds.node", s.node, "xds.data_plane", s.dp, "xds.missing_upstreams", t.cache.missing(s.view))
 	return nil
 }
 
@@ -203,6 +216,15 @@ func (t *tracker) checkNames(s *stream, ts *typeState, typeURL string, names []s
 		return grpcstatus.Errorf(codes.ResourceExhausted, "node %s subscribes to %d names of %s: at most %d; unsubscribe from destinations that are no longer called", s.node, len(ts.names), shortType(typeURL), t.limits.Names)
 	}
 	return nil
+}
+
+// countForeign counts what a node newly asks for and may not have.
+func (t *tracker) countForeign(s *stream, ts *typeState, typeURL string, names []string) {
+	for _, name := range names {
+		if _, asked := ts.names[name]; !asked && t.cache.foreign(s.asker, typeURL, name) {
+			t.metrics.foreign.Inc()
+		}
+	}
 }
 
 // answered records an ACK or NACK.
@@ -275,7 +297,7 @@ func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
 		if old, had := ts.acked[name]; !had || xds.SameContent(old, version) {
 			continue
 		}
-		if cur, ok := t.cache.current(s.dp, s.viewKey, typeURL, name); ok && (r.since.IsZero() || cur.since.Before(r.since)) {
+		if cur, ok := t.cache.current(s.asker, typeURL, name); ok && (r.since.IsZero() || cur.since.Before(r.since)) {
 			r.since = cur.since
 		}
 	}
@@ -334,6 +356,7 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 		return err
 	}
 	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
+	t.countForeign(s, ts, req.GetTypeUrl(), req.GetResourceNames())
 	clear(ts.names)
 	for _, name := range req.GetResourceNames() {
 		ts.names[name] = struct{}{}
@@ -362,6 +385,7 @@ func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscovery
 	}
 	maps.Copy(ts.acked, req.GetInitialResourceVersions())
 	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
+	t.countForeign(s, ts, req.GetTypeUrl(), req.GetResourceNamesSubscribe())
 	for _, name := range req.GetResourceNamesSubscribe() {
 		ts.names[name] = struct{}{}
 	}
@@ -413,7 +437,7 @@ func (t *tracker) status() []NodeStatus {
 			continue
 		}
 		n := NodeStatus{
-			ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.viewKey), Applied: !t.cache.holding(s.client),
+			ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.view), Applied: !t.cache.holding(s.client),
 			Types: make([]TypeStatus, 0, len(s.types)),
 		}
 		if k.delta {
@@ -431,7 +455,7 @@ func (t *tracker) status() []NodeStatus {
 				n.Applied = false
 			}
 			for name, version := range ts.acked {
-				if cur, ok := t.cache.current(s.dp, s.viewKey, typeURL, name); ok && !xds.SameContent(cur.Version, version) {
+				if cur, ok := t.cache.current(s.asker, typeURL, name); ok && !xds.SameContent(cur.Version, version) {
 					n.Applied = false
 				}
 			}

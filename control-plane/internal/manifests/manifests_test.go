@@ -46,12 +46,18 @@ func write(t *testing.T, path, content string) {
 // names lists the objects in the order in which they were read.
 func names(o translate.Objects) []string {
 	var out []string
+	out = appendNames(out, "Namespace", o.Namespaces)
 	out = appendNames(out, "Service", o.Services)
+	out = appendNames(out, "Pod", o.Pods)
 	out = appendNames(out, "EndpointSlice", o.EndpointSlices)
 	out = appendNames(out, "HTTPRoute", o.HTTPRoutes)
+	out = appendNames(out, "GRPCRoute", o.GRPCRoutes)
+	out = appendNames(out, "TLSRoute", o.TLSRoutes)
+	out = appendNames(out, "ReferenceGrant", o.ReferenceGrants)
 	out = appendNames(out, "Workload", o.Workloads)
 	out = appendNames(out, "CircuitBreaker", o.CircuitBreakers)
-	return appendNames(out, "RetryPolicy", o.RetryPolicies)
+	out = appendNames(out, "RetryPolicy", o.RetryPolicies)
+	return appendNames(out, "AuthorizationPolicy", o.AuthorizationPolicies)
 }
 
 func appendNames[P metav1.Object](out []string, kind string, in []P) []string {

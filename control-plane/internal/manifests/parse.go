@@ -52,6 +52,8 @@ func (p *parsed) add(blocking bool, pr translate.Problem) {
 // kind is one kind of object that is read.
 type kind struct {
 	name, apiVersion string
+	// clusterWide objects are in no namespace.
+	clusterWide bool
 	// empty returns a pointer to a new object, and what adds it.
 	empty func() (metav1.Object, func(*translate.Objects))
 }
@@ -73,13 +75,19 @@ func newOf[T any, P interface {
 // kinds are what may be in a file, as messages list them.
 func kinds() []kind {
 	return []kind{
-		{"Service", "v1", newOf(func(o *translate.Objects) *[]*corev1.Service { return &o.Services })},
-		{"EndpointSlice", "discovery.k8s.io/v1", newOf(func(o *translate.Objects) *[]*discoveryv1.EndpointSlice { return &o.EndpointSlices })},
-		{"HTTPRoute", "gateway.networking.k8s.io/v1", newOf(func(o *translate.Objects) *[]*gatewayv1.HTTPRoute { return &o.HTTPRoutes })},
-		{"TLSRoute", "gateway.networking.k8s.io/v1", newOf(func(o *translate.Objects) *[]*gatewayv1.TLSRoute { return &o.TLSRoutes })},
-		{"Workload", v1alpha1.APIVersion, newOf(func(o *translate.Objects) *[]*v1alpha1.Workload { return &o.Workloads })},
-		{"CircuitBreaker", v1alpha1.APIVersion, newOf(func(o *translate.Objects) *[]*v1alpha1.CircuitBreaker { return &o.CircuitBreakers })},
-		{"RetryPolicy", v1alpha1.APIVersion, newOf(func(o *translate.Objects) *[]*v1alpha1.RetryPolicy { return &o.RetryPolicies })},
+		{"Namespace", "v1", true, newOf(func(o *translate.Objects) *[]*corev1.Namespace { return &o.Namespaces })},
+		{"Service", "v1", false, newOf(func(o *translate.Objects) *[]*corev1.Service { return &o.Services })},
+		{"Pod", "v1", false, newOf(func(o *translate.Objects) *[]*corev1.Pod { return &o.Pods })},
+		{"EndpointSlice", "discovery.k8s.io/v1", false, newOf(func(o *translate.Objects) *[]*discoveryv1.EndpointSlice { return &o.EndpointSlices })},
+		{"HTTPRoute", "gateway.networking.k8s.io/v1", false, newOf(func(o *translate.Objects) *[]*gatewayv1.HTTPRoute { return &o.HTTPRoutes })},
+		{"GRPCRoute", "gateway.networking.k8s.io/v1", false, newOf(func(o *translate.Objects) *[]*gatewayv1.GRPCRoute { return &o.GRPCRoutes })},
+		{"TLSRoute", "gateway.networking.k8s.io/v1", false, newOf(func(o *translate.Objects) *[]*gatewayv1.TLSRoute { return &o.TLSRoutes })},
+		{"ReferenceGrant", "gateway.networking.k8s.io/v1", false, newOf(func(o *translate.Objects) *[]*gatewayv1.ReferenceGrant { return &o.ReferenceGrants })},
+		{"ReferenceGrant", "gateway.networking.k8s.io/v1beta1", false, newOf(func(o *translate.Objects) *[]*gatewayv1.ReferenceGrant { return &o.ReferenceGrants })},
+		{"Workload", v1alpha1.APIVersion, false, newOf(func(o *translate.Objects) *[]*v1alpha1.Workload { return &o.Workloads })},
+		{"CircuitBreaker", v1alpha1.APIVersion, false, newOf(func(o *translate.Objects) *[]*v1alpha1.CircuitBreaker { return &o.CircuitBreakers })},
+		{"RetryPolicy", v1alpha1.APIVersion, false, newOf(func(o *translate.Objects) *[]*v1alpha1.RetryPolicy { return &o.RetryPolicies })},
+		{"AuthorizationPolicy", v1alpha1.APIVersion, false, newOf(func(o *translate.Objects) *[]*v1alpha1.AuthorizationPolicy { return &o.AuthorizationPolicies })},
 	}
 }
 
@@ -312,6 +320,9 @@ func (p *parsed) value(name string, d document, js []byte, inherited string, dep
 		return
 	}
 
+	if k.clusterWide {
+		namespace, pr.Namespace = "", ""
+	}
 	obj, addTo := k.empty()
 	strict, err := strictjson.UnmarshalStrict(js, obj)
 	if err != nil {
@@ -352,7 +363,7 @@ func (p *parsed) value(name string, d document, js []byte, inherited string, dep
 		ok = false
 		problem(true, translate.ReasonInvalid, "metadata.name", "%q cannot be a name; %s", obj.GetName(), nameRemedy)
 	}
-	if errs := validation.IsDNS1123Label(namespace); len(errs) > 0 {
+	if errs := validation.IsDNS1123Label(namespace); !k.clusterWide && len(errs) > 0 {
 		ok = false
 		problem(true, translate.ReasonInvalid, "metadata.namespace", "%q is not a namespace; %s", namespace, nameRemedy)
 	}

@@ -84,16 +84,18 @@ type Authorization struct {
 // AuthorizationRule matches when every list that is not empty has an item that
 // matches. The zero value matches everything.
 type AuthorizationRule struct {
-	// Name is the rule's, or its index.
+	// Name is the rule's, or its index; where one rule of the policy became several,
+	// a slash and a number follow. No two of an Authorization are equal.
 	Name string
 	// Principals are SPIFFE IDs; one that ends in "*" is a prefix. "*" is any
 	// proven identity. Only mutual TLS proves one.
 	Principals []string
 	// NotPrincipals: none of these.
 	NotPrincipals []string
-	// Methods and Paths are those of a request. On a port whose bytes are no
-	// requests, a rule that has any matches where its Action is Deny and does not
-	// where it is Allow.
+	// Methods and Paths are those of a request. A Prefix is of the bytes here, not
+	// of path elements: /api matches /apix. On a port whose bytes are no requests, a
+	// rule that has any matches where its Action is Deny and does not where it is
+	// Allow.
 	Methods []string
 	Paths   []PathMatch
 }
@@ -192,10 +194,12 @@ type Consumer struct {
 
 // Route sends the requests that its Match describes to its Backends.
 type Route struct {
-	// Name is <namespace>/<HTTPRoute>/<rule name or index>, or "default".
+	// Name is <namespace>/<HTTPRoute or GRPCRoute>/<rule name or index>, or
+	// "default". A rule with several matches makes several routes of one name.
 	Name  string
 	Match Match
-	// Backends with weights. None, or a sum of zero: 500 (Gateway API).
+	// Backends with weights. None, or a sum of zero: 500 (Gateway API), unless
+	// Filters redirect.
 	Backends []Backend
 	// Filters of the rule; nil where it has none. Those of a backend are in Backend.
 	Filters *Filters
@@ -236,7 +240,9 @@ type HeaderChange struct {
 // Header is one field.
 type Header struct{ Name, Value string }
 
-// Redirect answers with Location. What is empty stays as the request has it.
+// Redirect answers with Location. What is empty stays as the request has it, but
+// for the port where there is a Scheme: it is the scheme's own then. One that is
+// the scheme's own is not written (Gateway API, HTTPRequestRedirectFilter.port).
 type Redirect struct {
 	Scheme string
 	Host   string
@@ -252,7 +258,7 @@ type Rewrite struct {
 }
 
 // PathChange replaces the whole path, or the prefix that the route's Match
-// matched; never both.
+// matched; never both. Neither value is empty.
 type PathChange struct {
 	Full          *string
 	ReplacePrefix *string

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -59,6 +60,8 @@ type State struct {
 	Mesh *mesh.Mesh
 	// Problems by object, those of files first.
 	Problems []translate.Problem
+	// Statuses by object: what is to be written of each.
+	Statuses []translate.Status
 	BuiltAt  time.Time
 	// Version is a hash of the Mesh.
 	Version string
@@ -183,8 +186,8 @@ func (l *Loop) holdOff(ctx context.Context) {
 // what was valid before.
 func Build(src Loader, trustDomain string) *State {
 	in, problems := src.Load()
-	m, more := translate.Build(in, translate.Options{TrustDomain: trustDomain})
-	return &State{Mesh: m, Problems: slices.Concat(problems, more), Version: version(m)}
+	m, more, statuses := translate.Build(in, translate.Options{TrustDomain: trustDomain})
+	return &State{Mesh: m, Problems: slices.Concat(problems, more), Statuses: statuses, Version: version(m)}
 }
 
 func (l *Loop) build() {
@@ -192,13 +195,15 @@ func (l *Loop) build() {
 	defer func() { l.duration.Observe(time.Since(started).Seconds()) }()
 	in, problems := l.o.Source.Load()
 	opts := translate.Options{TrustDomain: l.o.TrustDomain}
-	m, more := translate.Build(in, opts)
+	m, more, statuses := translate.Build(in, opts)
 	if held := l.hold(&in, more); len(held) > 0 {
-		var again []translate.Problem
-		m, again = translate.Build(in, opts)
-		more = slices.Concat(held, again)
+		invalid := more
+		was := statuses
+		m, more, statuses = translate.Build(in, opts)
+		more = slices.Concat(held.problems(invalid), more)
+		statuses = held.statuses(was, statuses)
 	}
-	next := &State{Mesh: m, Problems: slices.Concat(problems, more), BuiltAt: started, Version: version(m)}
+	next := &State{Mesh: m, Problems: slices.Concat(problems, more), Statuses: statuses, BuiltAt: started, Version: version(m)}
 	l.report(next.Problems)
 	result := "published"
 	if old := l.state.Load(); old != nil && old.Version == next.Version {
@@ -216,42 +221,74 @@ func (l *Loop) build() {
 
 type objectKey struct{ kind, namespace, name string }
 
+// held are the policies whose last valid version is in force.
+type held map[objectKey]bool
+
 // hold puts the version that was valid before in the place of each policy that
-// has become invalid, and remembers those that are valid. It returns the
-// problems of the policies that it replaced, which say so.
-func (l *Loop) hold(in *translate.Objects, problems []translate.Problem) []translate.Problem {
+// has become invalid, and remembers those that are valid. It returns which it
+// replaced.
+func (l *Loop) hold(in *translate.Objects, problems []translate.Problem) held {
 	invalid := map[objectKey]bool{}
 	for _, p := range problems {
 		if p.Reason == translate.ReasonInvalid {
 			invalid[objectKey{p.Kind, p.Namespace, p.Name}] = true
 		}
 	}
-	held := map[objectKey]bool{}
+	replaced := held{}
 	seen := map[objectKey]bool{}
-	in.CircuitBreakers = holdKind(l, "CircuitBreaker", in.CircuitBreakers, invalid, held, seen)
-	in.RetryPolicies = holdKind(l, "RetryPolicy", in.RetryPolicies, invalid, held, seen)
+	in.CircuitBreakers = holdKind(l, "CircuitBreaker", in.CircuitBreakers, invalid, replaced, seen)
+	in.RetryPolicies = holdKind(l, "RetryPolicy", in.RetryPolicies, invalid, replaced, seen)
+	in.AuthorizationPolicies = holdKind(l, "AuthorizationPolicy", in.AuthorizationPolicies, invalid, replaced, seen)
 	for k := range l.good {
 		if !seen[k] {
 			delete(l.good, k) // deleted by the user
 		}
 	}
+	return replaced
+}
+
+const stays = "; the last valid version of the object stays in force"
+
+// problems are those of the versions that were replaced, which say so.
+func (h held) problems(in []translate.Problem) []translate.Problem {
 	var out []translate.Problem
-	for _, p := range problems {
-		if held[objectKey{p.Kind, p.Namespace, p.Name}] && p.Reason == translate.ReasonInvalid {
-			p.Message += "; the last valid version of the object stays in force"
+	for _, p := range in {
+		if h[objectKey{p.Kind, p.Namespace, p.Name}] && p.Reason == translate.ReasonInvalid && p.Message != translate.FailsClosed {
+			p.Message += stays
 			out = append(out, p)
 		}
 	}
 	return out
 }
 
+// statuses are those of what is in force, but for the objects that were replaced:
+// of these they say what is wrong with the version that is not.
+func (h held) statuses(invalid, inForce []translate.Status) []translate.Status {
+	is := func(s translate.Status) bool { return h[objectKey{s.Kind, s.Namespace, s.Name}] }
+	out := slices.DeleteFunc(slices.Clone(inForce), is)
+	for _, s := range invalid {
+		if !is(s) {
+			continue
+		}
+		s.Conditions = slices.Clone(s.Conditions)
+		for i := range s.Conditions {
+			c := &s.Conditions[i]
+			if c.Reason == string(translate.ReasonInvalid) {
+				c.Message = strings.TrimPrefix(c.Message, translate.FailsClosed+"\n") + stays
+			}
+		}
+		out = append(out, s)
+	}
+	return translate.SortStatuses(out)
+}
+
 type policy interface {
 	comparable
 	metav1.Object
-	*v1alpha1.CircuitBreaker | *v1alpha1.RetryPolicy
+	*v1alpha1.CircuitBreaker | *v1alpha1.RetryPolicy | *v1alpha1.AuthorizationPolicy
 }
 
-func holdKind[P policy](l *Loop, kind string, objects []P, invalid, held, seen map[objectKey]bool) []P {
+func holdKind[P policy](l *Loop, kind string, objects []P, invalid, replaced, seen map[objectKey]bool) []P {
 	var none P
 	out := slices.Clone(objects)
 	for i, o := range out {
@@ -266,7 +303,7 @@ func holdKind[P policy](l *Loop, kind string, objects []P, invalid, held, seen m
 		}
 		if good, ok := l.good[k].(P); ok {
 			out[i] = good
-			held[k] = true
+			replaced[k] = true
 		}
 	}
 	return out

@@ -197,6 +197,73 @@ func TestTheLastValidVersionStaysInForce(t *testing.T) {
 	})
 }
 
+// An AuthorizationPolicy that becomes invalid goes on as it was; one that was
+// never valid denies.
+func TestAuthorizationNeverFailsOpen(t *testing.T) {
+	run(t, func(t *testing.T, src *folder, _ *published, l *rebuild.Loop, _ *bytes.Buffer) {
+		generation := int64(0)
+		with := func(method string) {
+			generation++
+			var policies []*v1alpha1.AuthorizationPolicy
+			if method != "" {
+				policies = append(policies, authorization(method, generation))
+			}
+			src.write(translate.Objects{Pods: []*corev1.Pod{pod()}, AuthorizationPolicies: policies})
+			time.Sleep(2 * rebuild.Quiet)
+			synctest.Wait()
+		}
+		expect := func(action mesh.Action, rule string, accepted metav1.ConditionStatus, parts ...string) {
+			t.Helper()
+			s := l.State()
+			as := s.Mesh.Instances[0].Authorizations
+			if len(as) != 1 || as[0].Action != action || len(as[0].Rules) != 1 || as[0].Rules[0].Name != rule {
+				t.Errorf("authorizations %+v; want one to %s with the rule %q", as, action, rule)
+			}
+			if len(s.Statuses) != 1 || s.Statuses[0].Generation != generation || s.Statuses[0].Conditions[0].Status != accepted {
+				t.Fatalf("statuses %+v; want one of generation %d that is %s", s.Statuses, generation, accepted)
+			}
+			text := s.Statuses[0].Conditions[0].Message
+			for _, p := range s.Problems {
+				text += p.Message
+			}
+			for _, want := range parts {
+				if want, unwanted := strings.CutPrefix(want, "not "); strings.Contains(text, want) == unwanted {
+					t.Errorf("%q: found %v", want, !unwanted)
+				}
+			}
+		}
+		const stays, denies = "the last valid version of the object stays in force", translate.FailsClosed
+		with("get")
+		expect(mesh.Deny, "invalid", "False", denies, "not "+stays)
+		with("GET")
+		expect(mesh.Allow, "read", "True", "not "+denies, "not "+stays)
+		with("get")
+		expect(mesh.Allow, "read", "False", stays, "not "+denies)
+		with("")
+		with("get")
+		expect(mesh.Deny, "invalid", "False", denies, "not "+stays)
+	})
+}
+
+func pod() *corev1.Pod {
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "payments", Annotations: map[string]string{"outrigger.dev/status": "injected"}},
+		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "outrigger-proxy"}}},
+	}
+}
+
+func authorization(method string, generation int64) *v1alpha1.AuthorizationPolicy {
+	return &v1alpha1.AuthorizationPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "payments", Generation: generation},
+		Spec: v1alpha1.AuthorizationPolicySpec{
+			TargetRefs: []gatewayv1.LocalPolicyTargetReferenceWithSectionName{{
+				LocalPolicyTargetReference: gatewayv1.LocalPolicyTargetReference{Kind: "Namespace", Name: "shop"},
+			}},
+			Rules: []v1alpha1.AuthorizationRule{{Name: "read", To: []v1alpha1.AuthorizationOperation{{Methods: []string{method}}}}},
+		},
+	}
+}
+
 func TestAWatchThatEndsIsAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src := newFolder()

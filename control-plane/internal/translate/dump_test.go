@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 )
 
 // dump writes a mesh so that people can read it and diffs are small. What has
@@ -28,15 +29,10 @@ func dump(m *mesh.Mesh) string {
 			for _, id := range p.Identities {
 				line(2, "identity %s", id)
 			}
-			for _, r := range p.Routes {
-				line(2, "route %s: %s", r.Name, match(r.Match))
-				for _, b := range r.Backends {
-					line(3, "to %s weight %d%s", mesh.Key(b.Namespace, b.Service, b.Port), b.Weight, when(b.Missing, " missing"))
-				}
-				if r.Timeout != 0 {
-					line(3, "timeout %s", r.Timeout)
-				}
-				line(3, "%s", retry(r.Retry))
+			dumpRoutes(line, 2, p.Routes)
+			for _, c := range p.Consumers {
+				line(2, "for callers of %s", c.Namespace)
+				dumpRoutes(line, 3, c.Routes)
 			}
 			for _, n := range p.ServerNames {
 				line(2, "server name %s of %s", n.Name, n.Route)
@@ -69,7 +65,119 @@ func dump(m *mesh.Mesh) string {
 			}
 		}
 	}
+	for _, in := range m.Instances {
+		line(0, "instance %s/%s %s workload=%s account=%s mtls=%s", in.Namespace, in.Name, join(in.Addresses), in.Workload, in.ServiceAccount, in.MTLS)
+		for _, p := range in.Ports {
+			line(1, "port %d %s", p.Number, p.Protocol)
+		}
+		for _, a := range in.Authorizations {
+			line(1, "%s by %s%s%s", strings.ToLower(string(a.Action)), a.Policy, when(a.Observe, " observe"), option(" ports ", join(a.Ports)))
+			for _, r := range a.Rules {
+				line(2, "rule %s%s%s%s%s", r.Name, option(" from ", strings.Join(r.Principals, ",")), option(" not from ", strings.Join(r.NotPrincipals, ",")),
+					option(" methods ", strings.Join(r.Methods, ",")), option(" paths ", paths(r.Paths)))
+			}
+		}
+	}
 	return w.String()
+}
+
+func dumpRoutes(line func(int, string, ...any), depth int, in []mesh.Route) {
+	for _, r := range in {
+		line(depth, "route %s: %s", r.Name, match(r.Match))
+		dumpFilters(line, depth+1, r.Filters)
+		for _, b := range r.Backends {
+			line(depth+1, "to %s weight %d%s", mesh.Key(b.Namespace, b.Service, b.Port), b.Weight, when(b.Missing, " missing"))
+			dumpFilters(line, depth+2, b.Filters)
+		}
+		if r.Timeout != 0 {
+			line(depth+1, "timeout %s", r.Timeout)
+		}
+		if s := retry(r.Retry); s != retryDefault {
+			line(depth+1, "%s", s)
+		}
+	}
+}
+
+// retryDefault is not worth a line below each route.
+const retryDefault = "retry default attempts=2 on connect-failure,refused-stream,reset-before-request idempotent gateway-error,reset backoff=25ms..250ms"
+
+func dumpFilters(line func(int, string, ...any), depth int, f *mesh.Filters) {
+	if f == nil {
+		return
+	}
+	change := func(what string, c mesh.HeaderChange) {
+		for _, h := range c.Set {
+			line(depth, "%s set %s: %s", what, h.Name, h.Value)
+		}
+		for _, h := range c.Add {
+			line(depth, "%s add %s: %s", what, h.Name, h.Value)
+		}
+		if len(c.Remove) > 0 {
+			line(depth, "%s remove %s", what, strings.Join(c.Remove, ","))
+		}
+	}
+	path := func(p *mesh.PathChange) string {
+		switch {
+		case p == nil:
+			return ""
+		case p.Full != nil:
+			return " path " + *p.Full
+		default:
+			return " prefix by " + deref(p.ReplacePrefix)
+		}
+	}
+	change("request", f.Request)
+	change("response", f.Response)
+	if r := f.Redirect; r != nil {
+		line(depth, "redirect %d%s%s%s%s", r.Status, option(" scheme ", r.Scheme), option(" host ", r.Host), when(r.Port > 0, fmt.Sprint(" port ", r.Port)), path(r.Path))
+	}
+	if r := f.Rewrite; r != nil {
+		line(depth, "rewrite%s%s", option(" host ", r.Host), path(r.Path))
+	}
+	for _, m := range f.Mirrors {
+		line(depth, "mirror %d/%d to %s", m.Numerator, m.Denominator, mesh.Key(m.Backend.Namespace, m.Backend.Service, m.Backend.Port))
+	}
+}
+
+func paths(in []mesh.PathMatch) string {
+	var out []string
+	for _, p := range in {
+		out = append(out, string(p.Kind)+" "+p.Value)
+	}
+	return strings.Join(out, ",")
+}
+
+// dumpStatus writes an entry a line, and below it what is not as it should be.
+func dumpStatus(in []translate.Status) string {
+	var w strings.Builder
+	for _, s := range in {
+		ref := s.Ref
+		fmt.Fprintf(&w, "%s %s/%s on %s %s%s%s%s:", s.Kind, s.Namespace, s.Name, deref(ref.Kind), when(ref.Namespace != nil, string(deref(ref.Namespace))+"/"), ref.Name,
+			option(" section ", string(deref(ref.SectionName))), when(ref.Port != nil, fmt.Sprint(" port ", deref(ref.Port))))
+		for _, c := range s.Conditions {
+			fmt.Fprintf(&w, " %s=%s", c.Type, c.Status)
+			if c.Reason != c.Type {
+				fmt.Fprintf(&w, "(%s)", c.Reason)
+			}
+			if c.ObservedGeneration != s.Generation {
+				fmt.Fprintf(&w, " of generation %d, not %d", c.ObservedGeneration, s.Generation)
+			}
+		}
+		fmt.Fprintf(&w, "%s%s%s\n", option(" keys ", strings.Join(s.Keys, ",")), option(" for callers of ", s.Consumer), option(" instances ", strings.Join(s.Instances, ",")))
+		for _, c := range s.Conditions {
+			if c.Message != "" {
+				fmt.Fprintf(&w, "  %s: %s\n", c.Type, strings.ReplaceAll(c.Message, "\n", "\n    "))
+			}
+		}
+	}
+	return w.String()
+}
+
+func deref[T any](p *T) T {
+	if p == nil {
+		return *new(T)
+	}
+	return *p
 }
 
 func match(m mesh.Match) string {

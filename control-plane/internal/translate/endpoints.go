@@ -32,21 +32,22 @@ func (b *builder) addEndpointSlice(slice *discoveryv1.EndpointSlice) {
 	const label = "metadata.labels." + discoveryv1.LabelServiceName
 	name := slice.Labels[discoveryv1.LabelServiceName]
 	if name == "" {
-		r.add(label, ReasonInvalid, "missing; name the Service that the endpoints belong to")
+		r.remark(label, ReasonInvalid, "missing; name the Service that the endpoints belong to")
 		return
 	}
 	s := b.services[key{slice.Namespace, name}]
 	if s == nil {
-		r.add(label, ReasonTargetNotFound, "no usable Service %s/%s; create it or correct the label", slice.Namespace, name)
+		r.remark(label, ReasonTargetNotFound, "no usable Service %s/%s; create it or correct the label", slice.Namespace, name)
 		return
 	}
 	if slice.AddressType == discoveryv1.AddressTypeFQDN {
-		r.add("addressType", ReasonUnsupported, "FQDN is not supported: host names would need resolving; list IP addresses")
+		r.remark("addressType", ReasonUnsupported, "FQDN is not supported: host names would need resolving; list IP addresses")
 		return
 	}
 	// In a dual-stack Service each instance is in one slice a family. Taking
-	// both would count it twice, so the Service's first family stands for all.
-	if fs := s.obj.Spec.IPFamilies; len(fs) > 1 && slice.AddressType != "" && string(slice.AddressType) != string(fs[0]) {
+	// both would count it twice, so the Service's first family stands for all. A
+	// headless Service is called at the addresses themselves: it needs both.
+	if fs := s.obj.Spec.IPFamilies; len(fs) > 1 && len(s.vips) > 0 && slice.AddressType != "" && string(slice.AddressType) != string(fs[0]) {
 		return
 	}
 
@@ -70,7 +71,7 @@ func (b *builder) addEndpointSlice(slice *discoveryv1.EndpointSlice) {
 		}
 	}
 	if tcp > 0 && len(ports) == 0 && !r.bad {
-		r.add("ports", ReasonInvalid, "none has the name of a port of Service %s, which has %s; ports are matched by name", s.key, s.describePorts())
+		r.remark("ports", ReasonInvalid, "none has the name of a port of Service %s, which has %s; ports are matched by name", s.key, s.describePorts())
 	}
 
 	for i, ep := range slice.Endpoints {
@@ -84,17 +85,31 @@ func (b *builder) addEndpointSlice(slice *discoveryv1.EndpointSlice) {
 		if !ok {
 			continue
 		}
-		instance := deref(ep.Hostname, "")
-		if ep.TargetRef != nil && ep.TargetRef.Kind == "Pod" {
-			instance = ep.TargetRef.Name
+		out := mesh.Endpoint{
+			Instance: deref(ep.Hostname, ""),
+			Zone:     deref(ep.Zone, ""),
+			Ready:    deref(ep.Conditions.Ready, true) || s.obj.Spec.PublishNotReadyAddresses,
 		}
+		var pd *pod
+		// A pod of another namespace is nobody's endpoint: callers would expect an
+		// identity of this one.
+		if t := ep.TargetRef; t != nil && t.Kind == kindPod && (t.Namespace == "" || t.Namespace == slice.Namespace) {
+			out.Instance = t.Name
+			if pd = b.pods[key{slice.Namespace, t.Name}]; pd != nil {
+				out.Workload, out.ServiceAccount = pd.workload, pd.account
+			}
+		}
+		leaving := deref(ep.Conditions.Terminating, false) && deref(ep.Conditions.Serving, out.Ready)
 		for _, p := range ports {
-			p.port.Endpoints = append(p.port.Endpoints, mesh.Endpoint{
-				Address:  netip.AddrPortFrom(addr, p.number),
-				Instance: instance,
-				Zone:     deref(ep.Zone, ""),
-				Ready:    deref(ep.Conditions.Ready, true),
-			})
+			out.Address = netip.AddrPortFrom(addr, p.number)
+			if pd != nil {
+				out.MTLS = pd.takesMTLS(p.number)
+				pd.leads = append(pd.leads, lead{p.number, p.port})
+			}
+			p.port.Endpoints = append(p.port.Endpoints, out)
+			if leaving {
+				p.port.leaving = append(p.port.leaving, out.Address)
+			}
 		}
 	}
 }
@@ -239,6 +254,7 @@ func (b *builder) sortEndpoints() {
 				)
 			})
 			p.Endpoints = slices.CompactFunc(p.Endpoints, func(a, b mesh.Endpoint) bool { return a.Address == b.Address })
+			p.useLeaving()
 			for _, e := range p.Endpoints {
 				if e.MTLS {
 					p.Identities = append(p.Identities, identity.Identity{TrustDomain: b.trustDomain, Namespace: s.namespace, ServiceAccount: e.ServiceAccount}.SPIFFE())
@@ -246,6 +262,20 @@ func (b *builder) sortEndpoints() {
 			}
 			slices.Sort(p.Identities)
 			p.Identities = slices.Compact(p.Identities)
+		}
+	}
+}
+
+// useLeaving makes endpoints that end, but still serve, ready where no other is:
+// the last pods of a Service go on until there are new ones, as Kubernetes' own
+// proxy has it.
+func (p *port) useLeaving() {
+	if len(p.leaving) == 0 || slices.ContainsFunc(p.Endpoints, func(e mesh.Endpoint) bool { return e.Ready }) {
+		return
+	}
+	for i := range p.Endpoints {
+		if slices.Contains(p.leaving, p.Endpoints[i].Address) {
+			p.Endpoints[i].Ready = true
 		}
 	}
 }

@@ -1,10 +1,8 @@
 package translate
 
 import (
-	"cmp"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -19,132 +17,6 @@ const (
 	maxValue = 4096
 )
 
-// rule is one rule of an HTTPRoute, as every port it is attached to gets it.
-type rule struct {
-	// name is the rule's, or its index; section is empty for a rule that a
-	// policy cannot name.
-	name, section string
-	matches       []mesh.Match
-	backends      []mesh.Backend
-	timeout       time.Duration
-	perTry        time.Duration
-	// retry is the rule's own retry field, or nil.
-	retry *mesh.Retry
-}
-
-// candidate is a route with what decides its place among the others of a port.
-type candidate struct {
-	mesh.Route
-	obj         *gatewayv1.HTTPRoute
-	rule, match int
-}
-
-// addRoutes gives every port that may be HTTP its routes in order of precedence.
-func (b *builder) addRoutes(in []*gatewayv1.HTTPRoute, retries retryPolicies) {
-	found := map[*port][]candidate{}
-	for _, obj := range in {
-		if !slices.ContainsFunc(obj.Spec.ParentRefs, ours) {
-			continue
-		}
-		r := b.on(kindHTTPRoute, obj)
-		ports := b.attach(r, obj)
-		for i, rl := range b.rules(r, obj) {
-			for _, p := range ports {
-				for j, m := range rl.matches {
-					c := candidate{obj: obj, rule: i, match: j}
-					c.Name = keyOf(obj).String() + "/" + rl.name
-					c.Match = cloneMatch(m)
-					c.Backends = slices.Clone(rl.backends)
-					retries.apply(&c.Route, p, keyOf(obj), rl)
-					found[p] = append(found[p], c)
-				}
-			}
-		}
-	}
-	for _, s := range b.services {
-		for _, p := range s.ports {
-			switch {
-			case p.attached:
-				cs := found[p]
-				slices.SortFunc(cs, precedence)
-				for _, c := range cs {
-					p.Routes = append(p.Routes, c.Route)
-				}
-			case p.Protocol.MayBeHTTP():
-				route := mesh.Route{
-					Name:     "default",
-					Backends: []mesh.Backend{{Namespace: s.namespace, Service: s.name, Port: p.Number, Weight: 1}},
-				}
-				retries.apply(&route, p, key{}, rule{})
-				p.Routes = []mesh.Route{route}
-			}
-		}
-	}
-}
-
-// precedence is the order that HTTPRouteRule.matches prescribes. It leaves the
-// place of regular expressions open: they come before prefixes, the longest
-// first, because behind the usual catch-all prefix they would never match.
-func precedence(a, b candidate) int {
-	return cmp.Or(
-		cmp.Compare(kindRank(a.Match.Path.Kind), kindRank(b.Match.Path.Kind)),
-		-cmp.Compare(pathLength(a.Match.Path), pathLength(b.Match.Path)),
-		-compareBool(a.Match.Method != "", b.Match.Method != ""),
-		-cmp.Compare(len(a.Match.Headers), len(b.Match.Headers)),
-		-cmp.Compare(len(a.Match.Query), len(b.Match.Query)),
-		older(a.obj, b.obj),
-		cmp.Compare(a.rule, b.rule),
-		cmp.Compare(a.match, b.match),
-	)
-}
-
-func kindRank(k mesh.MatchKind) int {
-	switch k {
-	case mesh.Exact:
-		return 0
-	case mesh.Regex:
-		return 1
-	default:
-		return 2
-	}
-}
-
-// pathLength decides between prefixes, and between expressions. Two exact
-// paths never match the same request unless they are equal, so that their
-// length would only hide the criteria that follow.
-func pathLength(p mesh.PathMatch) int {
-	if p.Kind == mesh.Exact {
-		return 0
-	}
-	return len(p.Value)
-}
-
-func cloneMatch(m mesh.Match) mesh.Match {
-	m.Headers = slices.Clone(m.Headers)
-	m.Query = slices.Clone(m.Query)
-	return m
-}
-
-// attach marks the ports that the route is attached to and returns them, each
-// once.
-func (b *builder) attach(r *report, obj *gatewayv1.HTTPRoute) []*port {
-	out := b.parents(r, obj.Namespace, obj.Spec.ParentRefs, speaksHTTP())
-	for _, p := range out {
-		p.attached = true
-		if p.declared == mesh.Unknown {
-			p.Protocol = mesh.HTTP1
-		}
-	}
-	if len(obj.Spec.Hostnames) > 0 && !slices.ContainsFunc(obj.Spec.ParentRefs, func(ref gatewayv1.ParentReference) bool { return !ours(ref) }) {
-		r.add("spec.hostnames", ReasonUnsupported, "ignored for a Service as parent: the Service is the host; match a header, or delete it")
-	}
-	return out
-}
-
-func speaksHTTP() parentKind {
-	return parentKind{mesh.Protocol.IsHTTP, "HTTP", "http, http2 or grpc"}
-}
-
 // rules reads the rules of a route. A match that is invalid is left out; a
 // rule whose action is invalid or not supported keeps its matches and loses
 // its backends, so that its requests are answered 500 rather than taken by
@@ -155,45 +27,37 @@ func (b *builder) rules(r *report, obj *gatewayv1.HTTPRoute) []rule {
 		// The type's default: one rule that matches everything.
 		specs = []gatewayv1.HTTPRouteRule{{}}
 	}
-	var out []rule
-	seen := map[string]bool{}
+	route := routeOf{kindHTTPRoute, obj.Namespace, isProducer(obj.Namespace, obj.Spec.ParentRefs)}
+	out := ruleNames(r, len(specs), func(i int) *gatewayv1.SectionName { return specs[i].Name })
 	for i := range specs {
-		spec := &specs[i]
+		spec, rl := &specs[i], &out[i]
 		field := at("spec.rules", i)
-		rl := rule{name: strconv.Itoa(i)}
-		if name := string(deref(spec.Name, "")); name != "" {
-			if seen[name] {
-				r.add(field+".name", ReasonInvalid, "%q names an earlier rule; give each rule its own name", name)
-			} else {
-				seen[name] = true
-				rl.name, rl.section = name, name
-			}
-		}
 		rl.matches = matches(r, field, spec.Matches)
 
 		// The rule's own report tells an invalid action from what came before.
-		action := &report{b: b, at: r.at}
-		b.action(action, field, obj, spec, &rl)
+		action := r.part()
+		b.action(action, field, route, spec, rl)
 		if action.bad {
-			rl.backends, rl.retry, rl.timeout, rl.perTry = nil, nil, 0, 0
+			rl.backends, rl.filters, rl.retry, rl.timeout, rl.perTry = nil, nil, nil, 0, 0
 		}
 		if spec.SessionPersistence != nil {
 			r.add(field+".sessionPersistence", ReasonUnsupported, "ignored: not supported; delete it")
 		}
-		out = append(out, rl)
 	}
 	return out
 }
 
-func (b *builder) action(r *report, field string, obj *gatewayv1.HTTPRoute, spec *gatewayv1.HTTPRouteRule, rl *rule) {
-	for j, f := range spec.Filters {
-		r.add(at(field+".filters", j), ReasonUnsupported, "filter %s is not supported yet; requests of this rule are answered 500 until it is removed", f.Type)
-	}
+func (b *builder) action(r *report, field string, route routeOf, spec *gatewayv1.HTTPRouteRule, rl *rule) {
+	prefixes := !slices.ContainsFunc(spec.Matches, func(m gatewayv1.HTTPRouteMatch) bool {
+		return m.Path != nil && deref(m.Path.Type, gatewayv1.PathMatchPathPrefix) != gatewayv1.PathMatchPathPrefix
+	})
+	rl.filters = b.filters(r, field+".filters", route, spec.Filters, prefixes, len(spec.BackendRefs) > 0)
 	if n := len(spec.BackendRefs); n > maxBackends {
 		r.add(field+".backendRefs", ReasonInvalid, "%d backends; at most %d", n, maxBackends)
 	}
 	for j := range spec.BackendRefs {
-		rl.backends = append(rl.backends, b.backend(r, at(field+".backendRefs", j), obj.Namespace, &spec.BackendRefs[j]))
+		ref := &spec.BackendRefs[j]
+		rl.backends = append(rl.backends, b.backend(r, at(field+".backendRefs", j), route, &ref.BackendRef, ref.Filters))
 	}
 	if t := spec.Timeouts; t != nil {
 		rl.timeout = gatewayDuration(r, field+".timeouts.request", t.Request)
@@ -209,16 +73,14 @@ func (b *builder) action(r *report, field string, obj *gatewayv1.HTTPRoute, spec
 
 // backend resolves a backendRef. What does not resolve is a problem, but not
 // one of the whole rule: it keeps its share, which is answered 500.
-func (b *builder) backend(rule *report, field, namespace string, ref *gatewayv1.HTTPBackendRef) mesh.Backend {
+func (b *builder) backend(rule *report, field string, route routeOf, ref *gatewayv1.BackendRef, filters []gatewayv1.HTTPRouteFilter) mesh.Backend {
 	const consequence = "; until then its share of the requests is answered 500"
-	r := &report{b: b, at: rule.at}
-	out := b.backendRef(rule, r, field, namespace, &ref.BackendRef, consequence)
-	if p := b.backendPort(out); p != nil && (p.declared == mesh.TCP || p.declared == mesh.TLS) {
-		r.add(field+".port", ReasonUnsupportedProtocol, "port %s of Service %s %s, not HTTP; name an HTTP port"+consequence, p.describe(), p.service.key, p.speaks())
+	r := rule.part()
+	out := b.backendRef(rule, r, field, route, ref, consequence)
+	if p := b.backendPort(out); p != nil && !b.takes(route.kind, p) {
+		r.add(field+".port", ReasonUnsupportedProtocol, "port %s of Service %s %s, not %s; name another"+consequence, p.describe(), p.service.key, p.speaks(), wanted(route.kind))
 	}
-	for j, f := range ref.Filters {
-		r.add(at(field+".filters", j), ReasonUnsupported, "filter %s is not supported yet; remove it"+consequence, f.Type)
-	}
+	out.Filters = b.backendFilters(r, field+".filters", route, filters, consequence)
 	return resolved(r, out)
 }
 
@@ -294,15 +156,15 @@ func parseGatewayDuration(s string) (time.Duration, bool) {
 }
 
 // matches reads the matches of a rule; none means the one that matches all.
-func matches(r *report, field string, in []gatewayv1.HTTPRouteMatch) []mesh.Match {
+func matches(r *report, field string, in []gatewayv1.HTTPRouteMatch) []ruleMatch {
 	if len(in) == 0 {
-		return []mesh.Match{{}}
+		return []ruleMatch{{}}
 	}
-	var out []mesh.Match
+	var out []ruleMatch
 	for i := range in {
-		m := &report{b: r.b, at: r.at}
+		m := r.part()
 		if match := newMatch(m, at(field+".matches", i), &in[i]); !m.bad {
-			out = append(out, match)
+			out = append(out, ruleMatch{Match: match})
 		}
 	}
 	return out
@@ -389,12 +251,12 @@ func isToken(s string) bool {
 
 func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMatch {
 	kind, value := deref(in.Type, gatewayv1.PathMatchPathPrefix), deref(in.Value, "/")
-	if len(value) > maxPath {
-		r.add(field+".value", ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
-		return mesh.PathMatch{}
-	}
 	switch kind {
 	case gatewayv1.PathMatchRegularExpression:
+		if len(value) > maxPath {
+			r.add(field+".value", ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
+			return mesh.PathMatch{}
+		}
 		if _, err := regexp.Compile(value); err != nil {
 			r.add(field+".value", ReasonInvalid, "%q is not an expression of RE2: %s", value, err)
 		}
@@ -404,18 +266,7 @@ func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMa
 		r.add(field+".type", ReasonInvalid, "%q is not a type of match; write Exact, PathPrefix or RegularExpression", kind)
 		return mesh.PathMatch{}
 	}
-	if !strings.HasPrefix(value, "/") {
-		r.add(field+".value", ReasonInvalid, "%q is not a path; begin it with /", value)
-		return mesh.PathMatch{}
-	}
-	for _, bad := range []string{"//", "/./", "/../", "%2f", "%2F", "#", "?"} {
-		if strings.Contains(value, bad) {
-			r.add(field+".value", ReasonInvalid, "%q contains %q, which no normalised path does; remove it", value, bad)
-			return mesh.PathMatch{}
-		}
-	}
-	if strings.HasSuffix(value, "/.") || strings.HasSuffix(value, "/..") {
-		r.add(field+".value", ReasonInvalid, "%q ends in a dot segment, which no normalised path does; remove it", value)
+	if !normalPath(r, field+".value", value, false) {
 		return mesh.PathMatch{}
 	}
 	if kind == gatewayv1.PathMatchExact {
@@ -427,4 +278,29 @@ func pathMatch(r *report, field string, in *gatewayv1.HTTPPathMatch) mesh.PathMa
 		return mesh.PathMatch{}
 	}
 	return mesh.PathMatch{Kind: mesh.Prefix, Value: value}
+}
+
+// normalPath says whether a request may have the path, or one that begins so. A
+// proxy normalises paths once and matches what comes of it: another value would
+// never match.
+func normalPath(r *report, field, value string, begins bool) bool {
+	if len(value) > maxPath {
+		r.add(field, ReasonInvalid, "has %d bytes; at most %d", len(value), maxPath)
+		return false
+	}
+	if !strings.HasPrefix(value, "/") {
+		r.add(field, ReasonInvalid, "%q is not a path; begin it with /", value)
+		return false
+	}
+	for _, bad := range []string{"//", "/./", "/../", "%2f", "%2F", "#", "?"} {
+		if strings.Contains(value, bad) {
+			r.add(field, ReasonInvalid, "%q contains %q, which no normalised path does; remove it", value, bad)
+			return false
+		}
+	}
+	if !begins && (strings.HasSuffix(value, "/.") || strings.HasSuffix(value, "/..")) {
+		r.add(field, ReasonInvalid, "%q ends in a dot segment, which no normalised path does; remove it", value)
+		return false
+	}
+	return true
 }

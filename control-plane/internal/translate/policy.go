@@ -79,6 +79,14 @@ func (b *builder) serviceTarget(r *report, field, namespace string, ref gatewayv
 	return s, p, true
 }
 
+// portsOr is the port, or all of the Service where it is nil.
+func (s *service) portsOr(p *port) []*port {
+	if p == nil {
+		return s.ports
+	}
+	return []*port{p}
+}
+
 func sectionName(ref gatewayv1.LocalPolicyTargetReferenceWithSectionName) string {
 	return string(deref(ref.SectionName, ""))
 }

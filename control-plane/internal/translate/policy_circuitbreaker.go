@@ -16,9 +16,8 @@ func (b *builder) addCircuitBreakers(in []*v1alpha1.CircuitBreaker) {
 	for _, obj := range in {
 		r := b.on(kindCircuitBreaker, obj)
 		policy := circuitBreaker(r, obj)
-		if r.bad {
-			continue
-		}
+		valid := !r.bad
+		ports := make([][]*port, len(obj.Spec.TargetRefs))
 		for i, ref := range obj.Spec.TargetRefs {
 			field := at("spec.targetRefs", i)
 			switch {
@@ -30,15 +29,17 @@ func (b *builder) addCircuitBreakers(in []*v1alpha1.CircuitBreaker) {
 				r.add(field, ReasonUnsupported, `%s/%s cannot be a target; write group: "" and kind: Service`, ref.Group, ref.Kind)
 				continue
 			}
-			s, _, ok := b.serviceTarget(r, field, obj.Namespace, ref)
+			s, p, ok := b.serviceTarget(r, field, obj.Namespace, ref)
 			if !ok {
 				continue
 			}
+			ports[i] = s.portsOr(p)
 			t := target{kindService, s.key, sectionName(ref)}
-			if won.take(r, field, t, keyOf(obj)) {
+			if valid && won.take(r, field, t, keyOf(obj)) {
 				chosen[t] = policy
 			}
 		}
+		b.policyStatus(r, obj, obj.Spec.TargetRefs, func(i int) (keys, instances []string) { return keysOf(ports[i]), nil })
 	}
 	for _, s := range b.services {
 		for _, p := range s.ports {

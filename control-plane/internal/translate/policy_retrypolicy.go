@@ -59,13 +59,15 @@ func (ps retryPolicies) port(p *port) *retryPolicy {
 // apply decides the retries and the timeout of a route. The most specific
 // word wins: a policy on the rule, the rule's own retry field, a policy on the
 // HTTPRoute, on the port, on the Service, the default.
-func (ps retryPolicies) apply(out *mesh.Route, p *port, route key, rl rule) {
-	rp := ps[target{kindHTTPRoute, route, rl.section}]
+func (ps retryPolicies) apply(out *mesh.Route, p *port, route target, rl *rule) {
+	named := route
+	named.section = rl.section
+	rp := ps[named]
 	if rl.section == "" {
 		rp = nil
 	}
 	if rp == nil && rl.retry == nil {
-		rp = ps[target{kindHTTPRoute, route, ""}]
+		rp = ps[route]
 		if rp == nil {
 			rp = ps.port(p)
 		}
@@ -98,10 +100,9 @@ func (b *builder) retryPolicies(in []*v1alpha1.RetryPolicy) retryPolicies {
 	for _, obj := range in {
 		r := b.on(kindRetryPolicy, obj)
 		policy := newRetryPolicy(r, obj)
-		if r.bad {
-			continue
-		}
+		valid := !r.bad
 		onService := false
+		ports := make([][]*port, len(obj.Spec.TargetRefs))
 		for i, ref := range obj.Spec.TargetRefs {
 			field := at("spec.targetRefs", i)
 			t := target{string(ref.Kind), key{obj.Namespace, string(ref.Name)}, sectionName(ref)}
@@ -109,21 +110,22 @@ func (b *builder) retryPolicies(in []*v1alpha1.RetryPolicy) retryPolicies {
 			switch {
 			case ref.Group == "" && ref.Kind == kindService:
 				onService = true
-				ok = b.retriesService(r, field, obj.Namespace, ref)
+				ports[i], ok = b.retriesService(r, field, obj.Namespace, ref)
 			case ref.Group == gatewayGroup && ref.Kind == kindHTTPRoute:
-				ok = b.retriesRoute(r, field, t)
+				ports[i], ok = b.retriesRoute(r, field, t)
 			default:
 				r.add(field, ReasonUnsupported, `%s/%s cannot be a target; write group: "" and kind: Service, or group: %s and kind: HTTPRoute`,
 					ref.Group, ref.Kind, gatewayGroup)
 			}
-			if ok && won.take(r, field, t, keyOf(obj)) {
+			if ok && valid && won.take(r, field, t, keyOf(obj)) {
 				chosen[t] = policy
 			}
 		}
-		if policy.budget != nil && !onService {
-			r.add("spec.budget", ReasonUnsupported,
+		if valid && policy.budget != nil && !onService {
+			r.note("spec.budget", ReasonUnsupported,
 				"ignored: a budget is kept for each port of a Service, not for a route; set it in a RetryPolicy that names the Service")
 		}
+		b.policyStatus(r, obj, obj.Spec.TargetRefs, func(i int) (keys, instances []string) { return keysOf(ports[i]), nil })
 	}
 	for _, s := range b.services {
 		for _, p := range s.ports {
@@ -135,52 +137,45 @@ func (b *builder) retryPolicies(in []*v1alpha1.RetryPolicy) retryPolicies {
 	return chosen
 }
 
-func (b *builder) retriesService(r *report, field, namespace string, ref gatewayv1.LocalPolicyTargetReferenceWithSectionName) bool {
+func (b *builder) retriesService(r *report, field, namespace string, ref gatewayv1.LocalPolicyTargetReferenceWithSectionName) ([]*port, bool) {
 	s, p, ok := b.serviceTarget(r, field, namespace, ref)
 	if !ok {
-		return false
+		return nil, false
 	}
-	ports := s.ports
-	if p != nil {
-		ports = []*port{p}
-	}
-	if len(ports) == 0 || slices.ContainsFunc(ports, func(p *port) bool { return b.mayBeHTTP(p) }) {
-		return true
+	ports := s.portsOr(p)
+	if len(ports) == 0 || slices.ContainsFunc(ports, b.mayBeHTTP) {
+		return ports, true
 	}
 	p = ports[0]
 	r.add(field, ReasonUnsupportedProtocol,
 		"port %s of Service %s %s, and retries are for HTTP; set appProtocol of the port to http, http2 or grpc if that is what it speaks", p.describe(), s.key, p.speaks())
-	return false
+	return ports, false
 }
 
 // mayBeHTTP says whether requests on the port are routed one by one, either
-// because the Service says so or because an HTTPRoute is attached.
+// because the Service says so or because a route names it.
 func (b *builder) mayBeHTTP(p *port) bool {
-	if p.declared != mesh.Unknown {
-		return p.declared.IsHTTP()
-	}
-	for _, route := range b.routes {
-		for _, ref := range route.Spec.ParentRefs {
-			if ours(ref) && slices.Contains(b.parentPorts(route.Namespace, ref, mesh.Protocol.IsHTTP), p) {
-				return true
-			}
-		}
-	}
-	return false
+	return p.declared.IsHTTP() || p.declared == mesh.Unknown && b.routed[p]
 }
 
-func (b *builder) retriesRoute(r *report, field string, t target) bool {
+func (b *builder) retriesRoute(r *report, field string, t target) ([]*port, bool) {
 	route := b.routes[t.key]
 	if route == nil {
 		r.add(field+".name", ReasonTargetNotFound, "no HTTPRoute %s; create it in the policy's namespace or correct the name", t.key)
-		return false
+		return nil, false
 	}
 	if !slices.ContainsFunc(route.Spec.ParentRefs, ours) {
 		r.add(field+".name", ReasonTargetNotFound, "HTTPRoute %s has no Service as parent, so it is not of this mesh; name another", t.key)
-		return false
+		return nil, false
+	}
+	var ports []*port
+	for _, ref := range route.Spec.ParentRefs {
+		if s := b.services[parentKey(route.Namespace, ref)]; s != nil && ours(ref) {
+			ports = append(ports, parentPorts(s.matching(ref), forHTTP().speaks)...)
+		}
 	}
 	if t.section == "" {
-		return true
+		return ports, true
 	}
 	var names []string
 	for _, rl := range route.Spec.Rules {
@@ -189,14 +184,14 @@ func (b *builder) retriesRoute(r *report, field string, t target) bool {
 		}
 	}
 	if slices.Contains(names, t.section) {
-		return true
+		return ports, true
 	}
 	has := "has no named rules"
 	if len(names) > 0 {
 		has = "has " + strings.Join(names, ", ")
 	}
 	r.add(field+".sectionName", ReasonTargetNotFound, "no rule named %q; HTTPRoute %s %s", t.section, t.key, has)
-	return false
+	return ports, false
 }
 
 func newRetryPolicy(r *report, obj *v1alpha1.RetryPolicy) *retryPolicy {

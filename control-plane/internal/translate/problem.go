@@ -44,6 +44,10 @@ const (
 	// ReasonUnsupportedProtocol: HTTP routing or retries for a port that does
 	// not speak HTTP.
 	ReasonUnsupportedProtocol = Reason(gatewayv1.RouteReasonUnsupportedProtocol)
+	// ReasonIncompatibleFilters: filters that exclude each other in one rule.
+	ReasonIncompatibleFilters = Reason(gatewayv1.RouteReasonIncompatibleFilters)
+	// ReasonNotEnforced: nothing stands where the policy would be enforced.
+	ReasonNotEnforced Reason = "NotEnforced"
 )
 
 // Problem is one thing that is wrong with one object.
@@ -102,23 +106,46 @@ func sortProblems(ps []Problem) []Problem {
 	return slices.Compact(ps)
 }
 
-// report collects the problems of one object.
+// report collects the problems of one object, or of a part of it.
 type report struct {
 	b   *builder
 	at  Problem
 	bad bool
+	// found gathers what its status is made of, over all parts of the object.
+	found *[]Problem
 }
 
 func (b *builder) on(kind string, o metav1.Object) *report {
-	return &report{b: b, at: Problem{Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), Source: source(o)}}
+	return &report{
+		b: b, found: new([]Problem),
+		at: Problem{Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), Source: source(o)},
+	}
 }
 
-// add reports a problem and marks the object as bad.
+// part is a report on a part of the same object that can be bad on its own.
+func (r *report) part() *report { return &report{b: r.b, at: r.at, found: r.found} }
+
+// add reports a problem and marks the object, or the part, as bad.
 func (r *report) add(field string, reason Reason, format string, args ...any) {
+	*r.found = append(*r.found, r.note(field, reason, format, args...))
+	r.bad = true
+}
+
+// note reports a problem that keeps nothing of the object from being used.
+func (r *report) note(field string, reason Reason, format string, args ...any) Problem {
 	p := r.at
 	p.Field, p.Reason, p.Message = field, reason, fmt.Sprintf(format, args...)
 	r.b.problems = append(r.b.problems, p)
-	r.bad = true
+	return p
+}
+
+// remark is a note on an object that need not be meant for a mesh. In a cluster
+// it is none: kube-system and others' controllers are full of such objects, and
+// whoever refers to one is told then. In a folder somebody wrote it for us.
+func (r *report) remark(field string, reason Reason, format string, args ...any) {
+	if r.at.Source != "" {
+		r.note(field, reason, format, args...)
+	}
 }
 
 func source(o metav1.Object) string { return o.GetAnnotations()[SourceAnnotation] }

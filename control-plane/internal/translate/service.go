@@ -31,9 +31,10 @@ type port struct {
 	// declared is the protocol that the Service says. A route may turn a port of
 	// unknown protocol into what it is for; decisions on that look at this.
 	declared mesh.Protocol
-	// attached says that some HTTPRoute is attached, so that there is no
-	// implicit route. Of TLSRoutes OnlyServerNames says it.
-	attached bool
+	// leaving are the endpoints that serve until they have ended.
+	leaving []netip.AddrPort
+	// consumers are the namespaces that have routes of their own.
+	consumers []string
 }
 
 func (s *service) model() mesh.Service {
@@ -104,7 +105,8 @@ func (b *builder) addServices(in []*corev1.Service) {
 	for _, obj := range in {
 		r := b.on(kindService, obj)
 		if obj.Spec.Type == corev1.ServiceTypeExternalName {
-			r.add("spec.type", ReasonUnsupported,
+			b.external[keyOf(obj)] = true
+			r.remark("spec.type", ReasonUnsupported,
 				"ExternalName is not supported: calls to %q leave the mesh; use a Service without selector and an EndpointSlice", obj.Spec.ExternalName)
 			continue
 		}

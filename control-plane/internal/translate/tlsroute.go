@@ -23,10 +23,10 @@ func (b *builder) addTLSRoutes(in []*gatewayv1.TLSRoute) {
 			continue
 		}
 		r := b.on(kindTLSRoute, obj)
-		ports := b.tlsParents(r, obj)
+		ports, attached := b.tlsParents(r, obj)
 		names := hostnames(r, obj.Spec.Hostnames)
 		backends := b.tlsRule(r, obj)
-		for _, p := range ports {
+		for _, p := range attached {
 			if owner[p] == nil {
 				owner[p] = map[string]*gatewayv1.TLSRoute{}
 			}
@@ -42,6 +42,7 @@ func (b *builder) addTLSRoutes(in []*gatewayv1.TLSRoute) {
 				}
 			}
 		}
+		b.routeStatus(r, obj, obj.Spec.ParentRefs, ports)
 	}
 	for p := range owner {
 		slices.SortFunc(p.ServerNames, nameOrder)
@@ -61,21 +62,21 @@ func nameOrder(a, b mesh.ServerName) int {
 	return cmp.Compare(a.Name, b.Name)
 }
 
-// tlsParents marks the ports that the route is attached to and returns them.
-func (b *builder) tlsParents(r *report, obj *gatewayv1.TLSRoute) []*port {
-	kind := parentKind{func(p mesh.Protocol) bool { return p == mesh.TLS }, "TLS", "tls or https"}
+// tlsParents marks the ports that the route is attached to and returns them, by
+// parentRef and each once.
+func (b *builder) tlsParents(r *report, obj *gatewayv1.TLSRoute) ([][]*port, []*port) {
+	byRef := b.parents(r, obj.Namespace, obj.Spec.ParentRefs, forTLS())
 	var out []*port
-	for _, p := range b.parents(r, obj.Namespace, obj.Spec.ParentRefs, kind) {
-		if p.attached {
-			r.add("spec.parentRefs", ReasonConflicted, "port %s of Service %s has no declared protocol, and an HTTPRoute is attached to it; set appProtocol of the port to tls, or delete one of the routes",
-				p.describe(), p.service.key)
+	for _, p := range slices.Concat(byRef...) {
+		if slices.Contains(out, p) {
 			continue
 		}
-		// A port that was HTTP until now has a route to itself.
-		p.Protocol, p.Routes, p.OnlyServerNames = mesh.TLS, nil, true
+		// A port that was HTTP until now has a route to itself. Consumers had routes
+		// of HTTP: what is TLS for all is TLS for them.
+		p.Protocol, p.Routes, p.Consumers, p.OnlyServerNames = mesh.TLS, nil, nil, true
 		out = append(out, p)
 	}
-	return out
+	return byRef, out
 }
 
 // hostnames returns the names in lower case, each at its place in the list; what
@@ -120,11 +121,12 @@ func (b *builder) tlsRule(r *report, obj *gatewayv1.TLSRoute) []mesh.Backend {
 		r.add(field, ReasonInvalid, "%d backends; write 1 to %d, until then connections for its host names are refused", n, maxBackends)
 		return nil
 	}
-	rule := &report{b: b, at: r.at}
+	rule := r.part()
+	route := routeOf{kindTLSRoute, obj.Namespace, isProducer(obj.Namespace, obj.Spec.ParentRefs)}
 	var out []mesh.Backend
 	for j := range refs {
-		one := &report{b: b, at: r.at}
-		backend := b.backendRef(rule, one, at(field, j), obj.Namespace, &refs[j], consequence)
+		one := r.part()
+		backend := b.backendRef(rule, one, at(field, j), route, &refs[j], consequence)
 		if p := b.backendPort(backend); p != nil && p.declared.IsHTTP() {
 			one.add(at(field, j)+".port", ReasonUnsupportedProtocol, "port %s of Service %s %s, not TLS; name a TLS port"+consequence, p.describe(), p.service.key, p.speaks())
 		}

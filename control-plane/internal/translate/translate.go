@@ -29,13 +29,22 @@ import (
 // keeps none of their slices or maps, so that they may come from a shared
 // cache; nobody may change them while Build runs. Nil entries are skipped.
 type Objects struct {
-	Services        []*corev1.Service
-	EndpointSlices  []*discoveryv1.EndpointSlice
-	HTTPRoutes      []*gatewayv1.HTTPRoute
-	TLSRoutes       []*gatewayv1.TLSRoute
-	Workloads       []*v1alpha1.Workload
-	CircuitBreakers []*v1alpha1.CircuitBreaker
-	RetryPolicies   []*v1alpha1.RetryPolicy
+	// Namespaces need their names and labels only.
+	Namespaces     []*corev1.Namespace
+	Services       []*corev1.Service
+	EndpointSlices []*discoveryv1.EndpointSlice
+	// Pods may be trimmed to metadata (name, namespace, generateName, labels,
+	// annotations, ownerReferences), spec.serviceAccountName, of all containers and
+	// init containers name, ports and restartPolicy, and status.phase, podIP and podIPs.
+	Pods                  []*corev1.Pod
+	HTTPRoutes            []*gatewayv1.HTTPRoute
+	GRPCRoutes            []*gatewayv1.GRPCRoute
+	TLSRoutes             []*gatewayv1.TLSRoute
+	ReferenceGrants       []*gatewayv1.ReferenceGrant
+	Workloads             []*v1alpha1.Workload
+	CircuitBreakers       []*v1alpha1.CircuitBreaker
+	RetryPolicies         []*v1alpha1.RetryPolicy
+	AuthorizationPolicies []*v1alpha1.AuthorizationPolicy
 }
 
 // Options are the settings of the mesh that no object carries.
@@ -45,57 +54,93 @@ type Options struct {
 }
 
 // Build makes the Mesh. The order of the objects makes no difference, neither
-// to the Mesh nor to the problems, which are sorted by object and field.
+// to the Mesh nor to the problems, which are sorted by object and field, nor to
+// what is to be said of each object, which is sorted by object.
 //
 // Of two objects with the same kind, namespace and name the one with the lower
 // SourceAnnotation wins; where those are equal too, which wins is not defined.
 //
 // Build is safe for concurrent use and never panics on what the objects hold.
-func Build(in Objects, opts Options) (*mesh.Mesh, []Problem) {
-	b := builder{trustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain), services: map[key]*service{}, routes: map[key]*gatewayv1.HTTPRoute{}}
+func Build(in Objects, opts Options) (*mesh.Mesh, []Problem, []Status) {
+	b := builder{
+		trustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain),
+		services:    map[key]*service{}, external: map[key]bool{}, grants: map[string][]*gatewayv1.ReferenceGrant{},
+		routes: map[key]*gatewayv1.HTTPRoute{}, routed: map[*port]bool{}, attached: map[scope]string{},
+		modes: map[string]mesh.MTLS{}, pods: map[key]*pod{}, podsIn: map[string][]*pod{},
+	}
 
+	b.addNamespaces(ordered(&b, kindNamespace, in.Namespaces))
+	b.addPods(ordered(&b, kindPod, in.Pods))
 	b.addServices(ordered(&b, kindService, in.Services))
 	b.resolveVIPs()
 	b.addEndpointSlices(ordered(&b, kindEndpointSlice, in.EndpointSlices))
 	b.addWorkloads(ordered(&b, kindWorkload, in.Workloads))
 	b.sortEndpoints()
+	b.addLeads()
 
 	// Retry policies come first: a route asks for the policy that names it.
 	routes := ordered(&b, kindHTTPRoute, in.HTTPRoutes)
 	for _, r := range routes {
 		b.routes[keyOf(r)] = r
+		b.findRouted(r.Namespace, r.Spec.ParentRefs, forHTTP())
+	}
+	grpcRoutes := ordered(&b, kindGRPCRoute, in.GRPCRoutes)
+	for _, r := range grpcRoutes {
+		b.findRouted(r.Namespace, r.Spec.ParentRefs, forGRPC())
+	}
+	for _, g := range ordered(&b, kindReferenceGrant, in.ReferenceGrants) {
+		b.grants[g.Namespace] = append(b.grants[g.Namespace], g)
 	}
 	retries := b.retryPolicies(ordered(&b, kindRetryPolicy, in.RetryPolicies))
-	b.addRoutes(routes, retries)
+	b.addRoutes(routes, grpcRoutes, retries)
 	b.addTLSRoutes(ordered(&b, kindTLSRoute, in.TLSRoutes))
 	b.addCircuitBreakers(ordered(&b, kindCircuitBreaker, in.CircuitBreakers))
 
-	m := &mesh.Mesh{TrustDomain: b.trustDomain}
+	b.addAuthorizationPolicies(ordered(&b, kindAuthorizationPolicy, in.AuthorizationPolicies))
+
+	m := &mesh.Mesh{TrustDomain: b.trustDomain, Instances: b.instances()}
 	for _, s := range b.sortedServices() {
 		m.Services = append(m.Services, s.model())
 	}
-	return m, sortProblems(b.problems)
+	return m, sortProblems(b.problems), SortStatuses(b.statuses)
 }
 
 // The kinds of objects, as problems name them.
 const (
-	kindService        = "Service"
-	kindEndpointSlice  = "EndpointSlice"
-	kindHTTPRoute      = "HTTPRoute"
-	kindTLSRoute       = "TLSRoute"
-	kindWorkload       = "Workload"
-	kindCircuitBreaker = "CircuitBreaker"
-	kindRetryPolicy    = "RetryPolicy"
+	kindNamespace           = "Namespace"
+	kindPod                 = "Pod"
+	kindService             = "Service"
+	kindEndpointSlice       = "EndpointSlice"
+	kindHTTPRoute           = "HTTPRoute"
+	kindGRPCRoute           = "GRPCRoute"
+	kindReferenceGrant      = "ReferenceGrant"
+	kindTLSRoute            = "TLSRoute"
+	kindWorkload            = "Workload"
+	kindCircuitBreaker      = "CircuitBreaker"
+	kindRetryPolicy         = "RetryPolicy"
+	kindAuthorizationPolicy = "AuthorizationPolicy"
 )
 
 // builder is the state of one Build.
 type builder struct {
 	trustDomain string
-	services    map[key]*service
+	// modes are what namespaces ask of those who call their pods.
+	modes    map[string]mesh.MTLS
+	pods     map[key]*pod
+	podsIn   map[string][]*pod // by namespace
+	services map[key]*service
+	external map[key]bool // Services of type ExternalName
+	grants   map[string][]*gatewayv1.ReferenceGrant
 	// routes are all HTTPRoutes, whether or not they are attached to a Service:
 	// policies name them.
-	routes   map[key]*gatewayv1.HTTPRoute
+	routes map[key]*gatewayv1.HTTPRoute
+	// routed are the ports that some route of HTTP or gRPC names.
+	routed map[*port]bool
+	// attached is which kind of route has a scope. Where none has, there is the
+	// implicit route; of TLSRoutes OnlyServerNames says it.
+	attached map[scope]string
 	problems []Problem
+	statuses []Status
 }
 
 // key names an object of a known kind.
@@ -104,7 +149,10 @@ type key struct{ namespace, name string }
 func (k key) String() string { return k.namespace + "/" + k.name }
 
 func (k key) compare(o key) int {
-	return cmp.Or(cmp.Compare(k.namespace, o.namespace), cmp.Compare(k.name, o.name))
+	if c := cmp.Compare(k.namespace, o.namespace); c != 0 {
+		return c
+	}
+	return cmp.Compare(k.name, o.name)
 }
 
 func keyOf(o metav1.Object) key { return key{o.GetNamespace(), o.GetName()} }
@@ -113,10 +161,10 @@ func keyOf(o metav1.Object) key { return key{o.GetNamespace(), o.GetName()} }
 // time, then by namespace and name. Objects from a folder have no creation
 // time and are equally old.
 func older(a, b metav1.Object) int {
-	return cmp.Or(
-		created(a).Compare(created(b)),
-		keyOf(a).compare(keyOf(b)),
-	)
+	if c := created(a).Compare(created(b)); c != 0 {
+		return c
+	}
+	return keyOf(a).compare(keyOf(b))
 }
 
 // created is in whole seconds, which is what the API server keeps.
@@ -143,7 +191,7 @@ func ordered[T any, P object[T]](b *builder, kind string, in []P) []P {
 		}
 		r := b.on(kind, o)
 		ok := true
-		if errs := validation.IsDNS1123Label(o.GetNamespace()); len(errs) > 0 {
+		if errs := validation.IsDNS1123Label(o.GetNamespace()); kind != kindNamespace && len(errs) > 0 {
 			r.add("metadata.namespace", ReasonInvalid, "%q is not a namespace; %s", o.GetNamespace(), nameRemedy)
 			ok = false
 		}
@@ -160,7 +208,10 @@ func ordered[T any, P object[T]](b *builder, kind string, in []P) []P {
 		}
 	}
 	slices.SortFunc(out, func(a, b P) int {
-		return cmp.Or(keyOf(a).compare(keyOf(b)), cmp.Compare(source(a), source(b)))
+		if c := keyOf(a).compare(keyOf(b)); c != 0 {
+			return c
+		}
+		return cmp.Compare(source(a), source(b))
 	})
 	unique := out[:0]
 	for _, o := range out {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -26,22 +27,27 @@ import (
 func TestGolden(t *testing.T) {
 	golden.Cases(t, "testdata/*.txtar", func(t *testing.T, c *golden.Case) {
 		objects, got := load(t, c)
-		m, problems := translate.Build(objects, translate.Options{})
+		m, problems, statuses := translate.Build(objects, translate.Options{})
 		for _, p := range problems {
 			got += p.String() + " [" + string(p.Reason) + "]\n"
 		}
 		c.Want("want/mesh", dump(m))
 		c.Want("want/problems", got)
+		c.Want("want/status", dumpStatus(statuses))
 
 		r := rand.New(rand.NewPCG(1, 2))
 		for range 20 {
 			shuffle(r, &objects)
-			m2, problems2 := translate.Build(objects, translate.Options{})
-			if d := cmp.Diff(m, m2, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
-				t.Fatalf("the mesh depends on the order of the objects (-first +shuffled):\n%s", d)
+			m2, problems2, statuses2 := translate.Build(objects, translate.Options{})
+			if !reflect.DeepEqual(m, m2) {
+				t.Fatalf("the mesh depends on the order of the objects (-first +shuffled):\n%s",
+					cmp.Diff(m, m2, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})))
 			}
-			if d := cmp.Diff(problems, problems2); d != "" {
-				t.Fatalf("the problems depend on the order of the objects (-first +shuffled):\n%s", d)
+			if !reflect.DeepEqual(problems, problems2) {
+				t.Fatalf("the problems depend on the order of the objects (-first +shuffled):\n%s", cmp.Diff(problems, problems2))
+			}
+			if !reflect.DeepEqual(statuses, statuses2) {
+				t.Fatalf("the statuses depend on the order of the objects (-first +shuffled):\n%s", cmp.Diff(statuses, statuses2))
 			}
 		}
 	})
@@ -66,9 +72,14 @@ func load(t *testing.T, c *golden.Case) (translate.Objects, string) {
 }
 
 func shuffle(r *rand.Rand, o *translate.Objects) {
+	mix(r, o.Namespaces)
 	mix(r, o.Services)
 	mix(r, o.EndpointSlices)
+	mix(r, o.Pods)
 	mix(r, o.HTTPRoutes)
+	mix(r, o.GRPCRoutes)
+	mix(r, o.ReferenceGrants)
+	mix(r, o.AuthorizationPolicies)
 	mix(r, o.TLSRoutes)
 	mix(r, o.Workloads)
 	mix(r, o.CircuitBreakers)
@@ -80,7 +91,7 @@ func mix[T any](r *rand.Rand, s []T) { r.Shuffle(len(s), func(i, j int) { s[i], 
 func TestTrustDomain(t *testing.T) {
 	f := func(in, want string) {
 		t.Helper()
-		if m, _ := translate.Build(translate.Objects{}, translate.Options{TrustDomain: in}); m.TrustDomain != want {
+		if m, _, _ := translate.Build(translate.Objects{}, translate.Options{TrustDomain: in}); m.TrustDomain != want {
 			t.Errorf("trust domain %q: got %q, want %q", in, m.TrustDomain, want)
 		}
 	}
@@ -130,14 +141,21 @@ func FuzzBuild(f *testing.F) {
 		for doc := range strings.SplitSeq(documents, "\n---\n") {
 			loosely(&objects, []byte(doc))
 		}
-		m, problems := translate.Build(objects, translate.Options{})
+		m, problems, statuses := translate.Build(objects, translate.Options{})
+		for _, s := range statuses {
+			for _, c := range s.Conditions {
+				if c.Reason == "" || c.Status == "False" && c.Message == "" {
+					t.Errorf("a condition says too little: %#v", c)
+				}
+			}
+		}
 		for _, p := range problems {
 			if p.Reason == "" || p.Message == "" || p.String() == "" {
 				t.Errorf("a problem says too little: %#v", p)
 			}
 		}
-		m2, problems2 := translate.Build(objects, translate.Options{})
-		if dump(m) != dump(m2) || !cmp.Equal(problems, problems2) {
+		m2, problems2, statuses2 := translate.Build(objects, translate.Options{})
+		if !reflect.DeepEqual(m, m2) || !reflect.DeepEqual(problems, problems2) || !reflect.DeepEqual(statuses, statuses2) {
 			t.Error("the same objects gave two results")
 		}
 	})
@@ -150,6 +168,16 @@ func loosely(o *translate.Objects, doc []byte) {
 		return
 	}
 	switch head.Kind {
+	case "Namespace":
+		decode(&o.Namespaces, doc)
+	case "Pod":
+		decode(&o.Pods, doc)
+	case "GRPCRoute":
+		decode(&o.GRPCRoutes, doc)
+	case "ReferenceGrant":
+		decode(&o.ReferenceGrants, doc)
+	case "AuthorizationPolicy":
+		decode(&o.AuthorizationPolicies, doc)
 	case "Service":
 		decode(&o.Services, doc)
 	case "EndpointSlice":

@@ -12,9 +12,11 @@ import (
 
 // DumpedResource is a Resource for people: its content as JSON.
 type DumpedResource struct {
-	Name     string          `json:"name"`
-	Version  string          `json:"version"`
-	Resource json.RawMessage `json:"resource"`
+	Name string `json:"name"`
+	// Namespace whose nodes alone get it; empty for all.
+	Namespace string          `json:"namespace,omitempty"`
+	Version   string          `json:"version"`
+	Resource  json.RawMessage `json:"resource"`
 }
 
 // Dump renders resources by name, in order.
@@ -31,7 +33,8 @@ func Dump(rs Resources) ([]DumpedResource, error) {
 	return out, nil
 }
 
-// Dump renders the whole set: type URL -> resources.
+// Dump renders the whole set: type URL -> resources. Those of a namespace alone
+// stand behind those that are shared.
 func (s *Set) Dump() (map[string][]DumpedResource, error) {
 	out := make(map[string][]DumpedResource, len(s.types))
 	for t, rs := range s.types {
@@ -40,6 +43,16 @@ func (s *Set) Dump() (map[string][]DumpedResource, error) {
 			return nil, err
 		}
 		out[t] = d
+	}
+	for _, namespace := range slices.Sorted(maps.Keys(s.overlays)) {
+		d, err := Dump(s.overlays[namespace])
+		if err != nil {
+			return nil, err
+		}
+		for i := range d {
+			d[i].Namespace = namespace
+		}
+		out[RouteType] = append(out[RouteType], d...)
 	}
 	return out, nil
 }

@@ -14,7 +14,6 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
-	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
@@ -41,15 +40,25 @@ type EnvoyNode struct {
 	MTLS string
 	// Certificates: the node gets its certificate by SDS.
 	Certificates bool
+	// Capture: the pod's traffic is redirected to the node, which is that of the pod
+	// Instance, with these service account and addresses.
+	Capture        bool
+	Instance       string
+	ServiceAccount string
+	Addresses      []netip.Addr
 	// TrustDomain of the callers. It is set by EnvoyView.
 	TrustDomain string
 }
 
-// Key tells nodes apart that need different listeners; replicas share one.
+// Key tells nodes apart that need different listeners; replicas share one where
+// they do not capture.
 func (n EnvoyNode) Key() string {
 	var b strings.Builder
 	b.WriteString(strconv.Quote(n.Namespace) + strconv.Quote(n.Workload) + "\n")
 	b.WriteString(n.MTLS + strconv.FormatBool(n.Certificates) + "\n")
+	if n.Capture {
+		b.WriteString(strconv.Quote(n.Instance) + strconv.Quote(n.ServiceAccount) + fmt.Sprint(n.Addresses) + "\n")
+	}
 	for _, u := range n.Upstreams {
 		b.WriteString(u.String() + "\n")
 	}
@@ -59,9 +68,13 @@ func (n EnvoyNode) Key() string {
 	return b.String()
 }
 
+// maxAddresses of a pod: Kubernetes gives it one a family.
+const maxAddresses = 8
+
 // ParseEnvoyNode reads NAMESPACE, WORKLOAD, MTLS, SDS and the lists UPSTREAMS and
-// INBOUNDS of the node metadata that bootstrap.Config writes. Each may be absent. The error names every entry
-// that cannot be read.
+// INBOUNDS of the node metadata that bootstrap.Config writes, and where CAPTURE is
+// "true" INSTANCE, SERVICE_ACCOUNT and ADDRESSES. Each may be absent, but for those
+// of a node that captures. The error names every entry that cannot be read.
 func ParseEnvoyNode(metadata *structpb.Struct) (EnvoyNode, error) {
 	n := EnvoyNode{
 		Namespace: metadata.GetFields()[bootstrap.MetaNamespace].GetStringValue(),
@@ -85,8 +98,14 @@ func ParseEnvoyNode(metadata *structpb.Struct) (EnvoyNode, error) {
 	if total := len(ups) + len(ins); total > bootstrap.MaxListeners {
 		return EnvoyNode{}, fmt.Errorf("node metadata %s and %s hold %d entries: at most %d", bootstrap.MetaUpstreams, bootstrap.MetaInbounds, total, bootstrap.MaxListeners)
 	}
+	if metadata.GetFields()[bootstrap.MetaCapture].GetStringValue() == "true" {
+		errs = append(errs, n.parseCapture(metadata))
+	}
 	listens := map[netip.AddrPort]bool{}
 	twice := func(a netip.AddrPort) {
+		if n.Capture && (a.Port() == bootstrap.PortOutbound || a.Port() == bootstrap.PortInbound) {
+			errs = append(errs, fmt.Errorf("a listener on %s: ports %d and %d are those to which %s redirects", a, bootstrap.PortOutbound, bootstrap.PortInbound, bootstrap.MetaCapture))
+		}
 		if listens[a] {
 			errs = append(errs, fmt.Errorf("two listeners on %s: give each its own port", a))
 		}
@@ -116,6 +135,33 @@ func ParseEnvoyNode(metadata *structpb.Struct) (EnvoyNode, error) {
 	return n, nil
 }
 
+func (n *EnvoyNode) parseCapture(metadata *structpb.Struct) error {
+	n.Capture = true
+	n.Instance = metadata.GetFields()[bootstrap.MetaInstance].GetStringValue()
+	n.ServiceAccount = metadata.GetFields()[bootstrap.MetaServiceAccount].GetStringValue()
+	if n.Namespace == "" || n.Instance == "" {
+		return fmt.Errorf("%s is true, and %s or %s is empty: what is asked of those who call a pod is told to its proxy alone", bootstrap.MetaCapture, bootstrap.MetaNamespace, bootstrap.MetaInstance)
+	}
+	if !n.Certificates {
+		return fmt.Errorf("%s is true, and %s is not: an Envoy without a certificate can take no mutual TLS", bootstrap.MetaCapture, bootstrap.MetaSDS)
+	}
+	values := metadata.GetFields()[bootstrap.MetaAddresses].GetListValue().GetValues()
+	if len(values) == 0 || len(values) > maxAddresses {
+		return fmt.Errorf("%s is true, and %s holds %d addresses: give those of the pod, at most %d", bootstrap.MetaCapture, bootstrap.MetaAddresses, len(values), maxAddresses)
+	}
+	for _, v := range values {
+		a, err := netip.ParseAddr(v.GetStringValue())
+		if err != nil || a.Zone() != "" || a.IsUnspecified() {
+			return fmt.Errorf("%s %q is not an IP address of a pod", bootstrap.MetaAddresses, v.GetStringValue())
+		}
+		if a = a.Unmap(); !slices.Contains(n.Addresses, a) {
+			n.Addresses = append(n.Addresses, a)
+		}
+	}
+	slices.SortFunc(n.Addresses, netip.Addr.Compare)
+	return nil
+}
+
 // EnvoyView is what one Envoy gets where it asks with wildcards.
 type EnvoyView struct {
 	Listeners Resources
@@ -123,13 +169,28 @@ type EnvoyView struct {
 	// Missing names the upstreams that no Service of the mesh has, sorted. No
 	// listener is opened for them, so a connection is refused.
 	Missing []string
+
+	trustDomain string
+	made        map[string]made // listeners of upstreams, by name
+	instance    *instanceSet    // that inbound was made of
+	inbound     []*Resource
 }
 
-// EnvoyView makes the listeners of a node and picks the clusters that its
-// upstreams can reach. The set must have been built for Envoy.
-func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
-	v := &EnvoyView{Listeners: Resources{}, Clusters: Resources{}}
+// made is a listener and what it was made of.
+type made struct {
+	of       *shape
+	listener *Resource
+}
+
+// EnvoyView makes the listeners of a node and picks the clusters that those can
+// reach. The set must have been built for Envoy. What was made for the same node
+// before (prev, which may be nil) is taken over where it is the same.
+func (s *Set) EnvoyView(n EnvoyNode, prev *EnvoyView) (*EnvoyView, error) {
+	v := &EnvoyView{Listeners: Resources{}, Clusters: Resources{}, trustDomain: s.trustDomain, made: map[string]made{}}
 	n.TrustDomain = s.trustDomain
+	if prev != nil && prev.trustDomain != s.trustDomain {
+		prev = nil
+	}
 	for _, u := range n.Upstreams {
 		ps := s.ports[u.Key()]
 		if ps == nil {
@@ -137,48 +198,71 @@ func (s *Set) EnvoyView(n EnvoyNode) (*EnvoyView, error) {
 			continue
 		}
 		name := ListenerName(u.Key()) + "|" + u.Listen.String()
-		l := &listenerv3.Listener{
-			Name: name, Address: socketAddress(u.Listen), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+		var old made
+		if prev != nil {
+			old = prev.made[name]
 		}
-		outbound(l, u.Key(), ps.port, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
-			if m != nil {
-				forEnvoy(m, n.logFields("outbound", u.Key()))
-				return
+		if old.of != ps.shape {
+			r, err := encode(ListenerType, name, n.upstreamListener(name, u, ps.port))
+			if err != nil {
+				return nil, err
 			}
-			t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
-		})
-		r, err := encode(ListenerType, name, l)
-		if err != nil {
-			return nil, err
+			r.Reaches = ps.reachesFrom(n.Namespace)
+			old = made{ps.shape, r}
 		}
-		r.Reaches = ps.reaches
-		v.Listeners[name] = r
-		for _, c := range ps.reaches {
-			r := s.types[ClusterType][c]
-			if ps := s.ports[c]; ps != nil && ps.clear != nil && !n.Certificates {
-				r = ps.clear
-			}
-			if r != nil {
-				v.Clusters[c] = r
-			}
-		}
+		v.made[name] = old
+		v.Listeners[name] = old.listener
+		s.addClusters(v, n, ps.reachesFrom(n.Namespace))
 	}
 	slices.Sort(v.Missing)
 	v.Missing = slices.Compact(v.Missing)
 	for _, in := range n.Inbounds {
-		l, err := encode(ListenerType, "inbound/"+in.Listen.String(), n.inboundListener(in))
-		if err != nil {
+		l, c := InboundPrefix+in.Listen.String(), InboundPrefix+in.Forward.String()
+		if prev != nil && prev.Listeners[l] != nil && prev.Clusters[c] != nil {
+			v.Listeners[l], v.Clusters[c] = prev.Listeners[l], prev.Clusters[c]
+			continue
+		}
+		var err error
+		if v.Listeners[l], err = encode(ListenerType, l, n.inboundListener(in)); err != nil {
 			return nil, err
 		}
-		v.Listeners[l.Name] = l
-		c, err := encode(ClusterType, "inbound/"+in.Forward.String(), inboundCluster(in))
-		if err != nil {
+		if v.Clusters[c], err = encode(ClusterType, c, inboundCluster(in)); err != nil {
 			return nil, err
 		}
-		v.Clusters[c.Name] = c
-		l.Reaches = []string{c.Name}
+		v.Listeners[l].Reaches = []string{c}
+	}
+	if n.Capture {
+		return v, s.addCaptured(v, n, prev)
 	}
 	return v, nil
+}
+
+// addClusters adds those of the clusters that there are, as the node can use them.
+func (s *Set) addClusters(v *EnvoyView, n EnvoyNode, names []string) {
+	for _, name := range names {
+		r := s.types[ClusterType][name]
+		if ps := s.ports[name]; ps != nil && ps.clear != nil && !n.Certificates {
+			r = ps.clear
+		}
+		if r != nil {
+			v.Clusters[name] = r
+		}
+	}
+}
+
+// upstreamListener is an ambassador port.
+func (n EnvoyNode) upstreamListener(name string, u bootstrap.Upstream, p mesh.Port) *listenerv3.Listener {
+	l := &listenerv3.Listener{
+		Name: name, Address: socketAddress(u.Listen), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+	}
+	outbound(l, u.Key(), p, func(m *hcmv3.HttpConnectionManager, t *tcpproxyv3.TcpProxy) {
+		if m != nil {
+			forEnvoy(m, n.logFields("outbound", u.Key()))
+			return
+		}
+		t.AccessLog = accessLog(n.logFields("outbound", u.Key()).tcp())
+	})
+	return l
 }
 
 // Equal reports whether both views hold the same resources.
@@ -202,21 +286,7 @@ func (n EnvoyNode) inboundListener(in bootstrap.Inbound) *listenerv3.Listener {
 		return l
 	}
 	m := manager(l.GetName(), "")
-	m.RouteSpecifier = &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
-		Name: l.GetName(),
-		VirtualHosts: []*routev3.VirtualHost{{
-			Name: "application", Domains: []string{"*"},
-			Routes: []*routev3.Route{{
-				Name:  "default",
-				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
-				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
-					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: to},
-					// The caller's proxy keeps the time; two clocks would race.
-					Timeout: durationpb.New(0),
-				}},
-			}},
-		}},
-	}}
+	m.RouteSpecifier = &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: toApplication(l.GetName(), to)}
 	forEnvoy(m, fields)
 	http := chain(filterHCM, m)
 	if in.Protocol == "auto" {
@@ -241,16 +311,20 @@ func inboundCluster(in bootstrap.Inbound) *clusterv3.Cluster {
 				HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(in.Forward)}},
 			}},
 		}}},
-		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
-			MaxConnections: wrapperspb.UInt32(noLimit), MaxPendingRequests: wrapperspb.UInt32(noLimit),
-			MaxRequests: wrapperspb.UInt32(noLimit), MaxRetries: wrapperspb.UInt32(noLimit),
-		}}},
-		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
+		CircuitBreakers: unlimited(),
+		CommonLbConfig:  &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 	}
 	if in.Protocol == "http" || in.Protocol == "auto" {
 		c.TypedExtensionProtocolOptions = asDownstream()
 	}
 	return c
+}
+
+func unlimited() *clusterv3.CircuitBreakers {
+	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+		MaxConnections: wrapperspb.UInt32(noLimit), MaxPendingRequests: wrapperspb.UInt32(noLimit),
+		MaxRequests: wrapperspb.UInt32(noLimit), MaxRetries: wrapperspb.UInt32(noLimit),
+	}}}
 }
 
 // asDownstream speaks to endpoints in the version of HTTP that the caller speaks.
@@ -268,6 +342,8 @@ func asDownstream() map[string]*anypb.Any {
 // forEnvoy adds what our own sidecar does by itself.
 func forEnvoy(m *hcmv3.HttpConnectionManager, fields logFields) {
 	m.NormalizePath = wrapperspb.Bool(true)
+	m.MergeSlashes = true
+	m.PathWithEscapedSlashesAction = hcmv3.HttpConnectionManager_REJECT_REQUEST
 	m.UpgradeConfigs = []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}}
 	m.AccessLog = accessLog(fields.http())
 }

@@ -70,6 +70,37 @@ func listeners(svc *mesh.Service, p mesh.Port, dp DataPlane) ([]*Resource, error
 	return out, nil
 }
 
+// hosts are the listeners of a port under the addresses of its endpoints, for a
+// Service without virtual IPs: those are what its callers connect to. What there
+// was under the same name (had) is taken over.
+func hosts(key string, p mesh.Port, had []*Resource) ([]*Resource, error) {
+	l := &listenerv3.Listener{}
+	outbound(l, key, p, nil)
+	old := byName(had)
+	out := make([]*Resource, 0, len(p.Endpoints))
+	for _, e := range p.Endpoints {
+		name := VIPListenerName(e.Address)
+		r := old[name]
+		if r == nil {
+			l.Name = name
+			var err error
+			if r, err = encode(ListenerType, name, l); err != nil {
+				return nil, err
+			}
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+func byName(rs []*Resource) map[string]*Resource {
+	out := make(map[string]*Resource, len(rs))
+	for _, r := range rs {
+		out[r.Name] = r
+	}
+	return out
+}
+
 // tune adapts the filters of a listener to a data plane; one argument is nil. It
 // may be nil itself.
 type tune func(*hcmv3.HttpConnectionManager, *tcpproxyv3.TcpProxy)
@@ -98,7 +129,7 @@ const detectTimeout = 50 * time.Millisecond
 // and everything else to another. Without the transport's name the chain would
 // also get TLS that offers HTTP by ALPN.
 func detecting(l *listenerv3.Listener, http, other *listenerv3.FilterChain) {
-	http.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "raw_buffer", ApplicationProtocols: []string{"http/1.1", "h2c"}}
+	detected(http)
 	l.FilterChains = []*listenerv3.FilterChain{http}
 	l.DefaultFilterChain = other
 	l.ListenerFilters = []*listenerv3.ListenerFilter{
@@ -106,6 +137,11 @@ func detecting(l *listenerv3.Listener, http, other *listenerv3.FilterChain) {
 	}
 	l.ListenerFiltersTimeout = durationpb.New(detectTimeout)
 	l.ContinueOnListenerFiltersTimeout = true
+}
+
+// detected makes a chain take what was found to be HTTP.
+func detected(http *listenerv3.FilterChain) {
+	http.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "raw_buffer", ApplicationProtocols: []string{"http/1.1", "h2c"}}
 }
 
 // byServerName leads TLS that stays closed. Where no TLSRoute is attached every

@@ -23,9 +23,9 @@ const hostSelectionAttempts = 16
 
 // routeConfiguration is one virtual host for every authority: which port is
 // meant was decided by the listener.
-func routeConfiguration(key string, p mesh.Port, dp DataPlane) *routev3.RouteConfiguration {
+func routeConfiguration(key string, routes []mesh.Route, dp DataPlane) *routev3.RouteConfiguration {
 	vh := &routev3.VirtualHost{Name: key, Domains: []string{"*"}}
-	for _, r := range p.Routes {
+	for _, r := range routes {
 		if out := oneRoute(r, dp); out != nil {
 			vh.Routes = append(vh.Routes, out)
 		}
@@ -40,17 +40,30 @@ func oneRoute(r mesh.Route, dp DataPlane) *routev3.Route {
 		return nil
 	}
 	out := &routev3.Route{Name: r.Name, Match: match}
+	// Header changes stand at one place, so that their order is ours.
+	ofBackends := dp != GRPC && changesBackends(r.Backends)
+	if dp != GRPC && !ofBackends {
+		changeRoute(out, r.Filters)
+	}
+	if r.Filters != nil && r.Filters.Redirect != nil {
+		out.Action = &routev3.Route_Redirect{Redirect: redirect(*r.Filters.Redirect, r.Match.Path)}
+		return out
+	}
 	action := &routev3.RouteAction{}
 	var weighted []*routev3.WeightedCluster_ClusterWeight
 	for _, b := range r.Backends {
 		if b.Weight > 0 {
-			weighted = append(weighted, &routev3.WeightedCluster_ClusterWeight{
+			w := &routev3.WeightedCluster_ClusterWeight{
 				Name: mesh.Key(b.Namespace, b.Service, b.Port), Weight: wrapperspb.UInt32(b.Weight),
-			})
+			}
+			if ofBackends {
+				changeBackend(w, r.Filters, b.Filters)
+			}
+			weighted = append(weighted, w)
 		}
 	}
-	switch len(weighted) {
-	case 0:
+	switch {
+	case len(weighted) == 0:
 		out.Action = &routev3.Route_DirectResponse{DirectResponse: &routev3.DirectResponseAction{
 			Status: 500,
 			Body: &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{
@@ -58,7 +71,7 @@ func oneRoute(r mesh.Route, dp DataPlane) *routev3.Route {
 			}},
 		}}
 		return out
-	case 1:
+	case len(weighted) == 1 && !ofBackends:
 		action.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: weighted[0].GetName()}
 	default:
 		action.ClusterSpecifier = &routev3.RouteAction_WeightedClusters{WeightedClusters: &routev3.WeightedCluster{Clusters: weighted}}
@@ -73,6 +86,12 @@ func oneRoute(r mesh.Route, dp DataPlane) *routev3.Route {
 		// A backend that names no Service keeps its share (Gateway API).
 		action.ClusterNotFoundResponseCode = routev3.RouteAction_INTERNAL_SERVER_ERROR
 		out.Metadata = retryMetadata(r.Retry)
+		if r.Filters != nil {
+			action.RequestMirrorPolicies = mirrors(r.Filters.Mirrors)
+			if r.Filters.Rewrite != nil {
+				rewrite(action, *r.Filters.Rewrite, r.Match.Path)
+			}
+		}
 	}
 	action.RetryPolicy = retryPolicy(r.Retry, dp)
 	out.Action = &routev3.Route_Route{Route: action}

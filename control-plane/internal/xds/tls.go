@@ -40,17 +40,22 @@ func transportSockets(svc *mesh.Service, p mesh.Port) []*clusterv3.Cluster_Trans
 	if len(p.Identities) == 0 {
 		return nil
 	}
+	return []*clusterv3.Cluster_TransportSocketMatch{
+		{Name: "mtls", Match: mtlsMatch(), TransportSocket: mutualTLS(svc, p)},
+		{Name: "clear", Match: &structpb.Struct{}, TransportSocket: socket(socketRaw, &rawv3.RawBuffer{})},
+	}
+}
+
+// mutualTLS is with a peer that proves one of the port's identities.
+func mutualTLS(svc *mesh.Service, p mesh.Port) *corev3.TransportSocket {
 	sans := make([]*tlsv3.SubjectAltNameMatcher, 0, len(p.Identities))
 	for _, id := range p.Identities {
 		sans = append(sans, uri(id))
 	}
-	return []*clusterv3.Cluster_TransportSocketMatch{
-		{Name: "mtls", Match: mtlsMatch(), TransportSocket: socket(socketTLS, &tlsv3.UpstreamTlsContext{
-			CommonTlsContext: common(append(spoken(p.Protocol), bootstrap.ProtocolMesh), sans),
-			Sni:              svc.Name + "." + svc.Namespace,
-		})},
-		{Name: "clear", Match: &structpb.Struct{}, TransportSocket: socket(socketRaw, &rawv3.RawBuffer{})},
-	}
+	return socket(socketTLS, &tlsv3.UpstreamTlsContext{
+		CommonTlsContext: common(append(spoken(p.Protocol), bootstrap.ProtocolMesh), sans),
+		Sni:              svc.Name + "." + svc.Namespace,
+	})
 }
 
 // spoken is what a proxy offers in ALPN of what it is about to speak: an Envoy on
@@ -126,15 +131,7 @@ func (n EnvoyNode) secureInbound(l *listenerv3.Listener) {
 	}
 	secure.Name = "mtls"
 	secure.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "tls", ApplicationProtocols: []string{bootstrap.ProtocolMesh}}
-	secure.TransportSocket = socket(socketTLS, &tlsv3.DownstreamTlsContext{
-		// Without ProtocolMesh: what is agreed on, Envoy takes for what will be
-		// spoken; where nothing is, it looks.
-		CommonTlsContext: common([]string{"h2", "http/1.1"}, []*tlsv3.SubjectAltNameMatcher{{
-			SanType: tlsv3.SubjectAltNameMatcher_URI,
-			Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Prefix{Prefix: "spiffe://" + n.TrustDomain + "/ns/"}},
-		}}),
-		RequireClientCertificate: wrapperspb.Bool(true),
-	})
+	secure.TransportSocket = n.downstreamTLS()
 	if len(l.GetListenerFilters()) == 0 {
 		l.ListenerFilters = []*listenerv3.ListenerFilter{inspector(filterTLSInspector, &tlsinspectorv3.TlsInspector{})}
 	}
@@ -145,10 +142,30 @@ func (n EnvoyNode) secureInbound(l *listenerv3.Listener) {
 	}
 	clear[0].Name = "clear"
 	l.FilterChains = append([]*listenerv3.FilterChain{secure}, clear...)
+	if l.GetDefaultFilterChain() == nil {
+		// Having found a chain for TLS, Envoy goes back to none without a transport: the
+		// application's own would be refused.
+		other := proto.CloneOf(clear[0])
+		other.Name, other.FilterChainMatch = "tls", &listenerv3.FilterChainMatch{TransportProtocol: "tls"}
+		l.FilterChains = append(l.FilterChains, other)
+	}
 	if l.GetListenerFiltersTimeout() == nil {
 		l.ListenerFiltersTimeout = durationpb.New(inspectTimeout)
 	}
 	l.ContinueOnListenerFiltersTimeout = true
+}
+
+// downstreamTLS is with a peer of the trust domain that proves who it is.
+func (n EnvoyNode) downstreamTLS() *corev3.TransportSocket {
+	return socket(socketTLS, &tlsv3.DownstreamTlsContext{
+		// Without ProtocolMesh: what is agreed on, Envoy takes for what will be
+		// spoken; where nothing is, it looks.
+		CommonTlsContext: common([]string{"h2", "http/1.1"}, []*tlsv3.SubjectAltNameMatcher{{
+			SanType: tlsv3.SubjectAltNameMatcher_URI,
+			Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Prefix{Prefix: "spiffe://" + n.TrustDomain + "/ns/"}},
+		}}),
+		RequireClientCertificate: wrapperspb.Bool(true),
+	})
 }
 
 // MTLSParity tells what each data plane makes of the mode of the workloads

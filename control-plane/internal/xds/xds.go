@@ -10,13 +10,31 @@
 //
 //	listener   outbound/<namespace>/<service>:<port>   Outrigger
 //	           outbound/<virtual IP>:<port>            Outrigger, the same content
+//	           outbound/<endpoint IP>:<endpoint port>  Outrigger, the same, of a Service without virtual IPs
+//	           inbound/<namespace>/<pod>               Outrigger, for the proxy of that pod alone
 //	           <service>.<namespace>:<port>            GRPC: xds:///payments.shop:80
 //	           <service>.<namespace>.svc.cluster.local:<port>   GRPC, the same
 //	           outbound/<namespace>/<service>:<port>|<address>  Envoy, by node
 //	           inbound/<address>                       Envoy, by node
+//	           outbound/0.0.0.0:15001, inbound/0.0.0.0:15006    Envoy that captures, and the same with [::]
 //	route      <namespace>/<service>:<port>
 //	cluster    <namespace>/<service>:<port>; inbound/<application address> by node
+//	           inbound, passthrough, <namespace>/<service>:<port>|direct    Envoy that captures
 //	endpoints  as the cluster
+//
+// A route may be there once more for the nodes of a namespace (Set.Overlays).
+//
+// # What a pod asks of those who call it
+//
+// The listener inbound/<namespace>/<pod> has no address. Its
+// filter_metadata["outrigger.dev"].mtls is off, permissive or strict. Each port has
+// a filter chain with its destination_port, or two where the protocol is unknown;
+// what comes in at another port takes the chain without one or, where it is not
+// HTTP, the default chain. Before the router, and before the tcp_proxy, stand an RBAC
+// filter that denies and one that allows, where there is such a policy; rules are in
+// force, shadow_rules are evaluated only. A policy in them is one rule, named
+// <namespace>/<policy>[<rule>]. The cluster "inbound" stands for the address that
+// the connection was made to.
 //
 // # Contract: what travels as typed metadata
 //
@@ -117,6 +135,8 @@ type Resource struct {
 	// Reaches names, for a listener of an Envoy and for a route, the clusters that
 	// requests may go to, sorted. Some may not exist.
 	Reaches []string
+	// ServiceAccount is, for a listener that is for one node alone, that of its pod.
+	ServiceAccount string
 }
 
 // Resources of one type by name.
@@ -134,21 +154,36 @@ type Set struct {
 	DataPlane   DataPlane
 	trustDomain string
 	types       map[string]Resources
+	overlays    map[string]Resources // routes, by the namespace that has them
 	ports       map[string]*portSet
+	instances   map[string]*instanceSet // by the name of the listener
+	capture     *captureSet             // Envoy only
 }
 
 // Of returns the resources of a type that all nodes share; nil for a type that
-// is not served. The map must not be changed.
+// is not served. Of listeners, those that begin with InboundPrefix are for one
+// node each. The map must not be changed.
 func (s *Set) Of(typeURL string) Resources { return s.types[typeURL] }
+
+// Overlays returns, by namespace, the routes that nodes of that namespace get
+// instead of those of the same name that are shared. The maps must not be
+// changed.
+func (s *Set) Overlays() map[string]Resources { return s.overlays }
 
 // Version is a hash over the names and versions of all resources.
 func (s *Set) Version() string {
 	h := sha256.New()
-	for _, t := range TypeURLs() {
-		for _, name := range slices.Sorted(maps.Keys(s.types[t])) {
+	put := func(of string, rs Resources) {
+		for _, name := range slices.Sorted(maps.Keys(rs)) {
 			// A hash never fails to write.
-			_, _ = fmt.Fprintf(h, "%s\x00%s\x00%s\x00", t, name, s.types[t][name].Version)
+			_, _ = fmt.Fprintf(h, "%s\x00%s\x00%s\x00", of, name, rs[name].Version)
 		}
+	}
+	for _, t := range TypeURLs() {
+		put(t, s.types[t])
+	}
+	for _, namespace := range slices.Sorted(maps.Keys(s.overlays)) {
+		put(RouteType+" "+namespace, s.overlays[namespace])
 	}
 	return hex.EncodeToString(h.Sum(nil)[:8])
 }
@@ -160,51 +195,104 @@ type portSet struct {
 	vips               []netip.Addr
 	port               mesh.Port
 
+	*shape
+	endpoints *Resource
+	hosts     []*Resource // listeners by the addresses of the endpoints; only without virtual IPs
+}
+
+// shape is the part of a portSet that does not depend on the endpoints.
+type shape struct {
 	listeners []*Resource
-	route     *Resource // nil for ports that are not routed by request
+	captured  []*Resource          // the listeners of an Envoy that captures; Envoy only
+	direct    *Resource            // its cluster for single endpoints; nil where it needs none
+	route     *Resource            // nil for ports that are not routed by request
+	overlays  map[string]*Resource // by namespace, what is there instead of route
 	cluster   *Resource
 	clear     *Resource // the cluster for an Envoy that has no certificate; nil where it is no other
-	endpoints *Resource
-	reaches   []string // clusters that calls to the port may go to, sorted
+	reaches   []string  // clusters that calls to the port may go to, sorted
+}
+
+// reachesFrom are the clusters that calls from a namespace may go to.
+func (s *shape) reachesFrom(namespace string) []string {
+	if o := s.overlays[namespace]; o != nil {
+		return o.Reaches
+	}
+	return s.reaches
 }
 
 // Build makes the resources of a data plane. What it made before (prev, which
-// may be nil) is taken over for ports that did not change: where only the
-// endpoints of a port differ, only its ClusterLoadAssignment is encoded again.
+// may be nil) is taken over for ports and pods that did not change: where only
+// the endpoints of a port differ, only its ClusterLoadAssignment is encoded again.
 //
 // An error is a broken invariant: a message that cannot be encoded.
 func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
-	s := &Set{DataPlane: dp, trustDomain: m.TrustDomain, types: map[string]Resources{}, ports: map[string]*portSet{}}
+	s := &Set{
+		DataPlane: dp, trustDomain: m.TrustDomain,
+		types: map[string]Resources{}, overlays: map[string]Resources{}, ports: map[string]*portSet{}, instances: map[string]*instanceSet{},
+	}
 	for _, t := range TypeURLs() {
 		s.types[t] = Resources{}
+	}
+	if prev == nil || prev.DataPlane != dp {
+		prev = &Set{}
+	}
+	if s.capture = prev.capture; dp == Envoy && s.capture == nil {
+		var err error
+		if s.capture, err = buildCapture(); err != nil {
+			return nil, err
+		}
 	}
 	for i := range m.Services {
 		svc := &m.Services[i]
 		for j := range svc.Ports {
 			key := mesh.Key(svc.Namespace, svc.Name, svc.Ports[j].Number)
-			var old *portSet
-			if prev != nil && prev.DataPlane == dp {
-				old = prev.ports[key]
-			}
-			ps, err := buildPort(svc, svc.Ports[j], dp, old)
+			ps, err := buildPort(svc, svc.Ports[j], dp, prev.ports[key])
 			if err != nil {
 				return nil, fmt.Errorf("port %s for data plane %s: %w", key, dp, err)
 			}
 			s.add(key, ps)
 		}
 	}
+	if dp != Envoy { // whose listeners are in its view
+		s.addHosts()
+	}
 	if dp == GRPC {
 		return s, s.addMissing()
 	}
+	for i := range m.Instances {
+		in := &m.Instances[i]
+		name := InboundListenerName(in.Namespace, in.Name)
+		is, err := buildInstance(in, dp, prev.instances[name])
+		if err != nil {
+			return nil, fmt.Errorf("pod %s/%s for data plane %s: %w", in.Namespace, in.Name, dp, err)
+		}
+		s.instances[name] = is
+		if is.listener != nil {
+			s.types[ListenerType][name] = is.listener
+		}
+	}
 	return s, nil
+}
+
+// addHosts adds the listeners by the addresses of endpoints. Of several ports
+// that have an endpoint, the first by key has its listener: which one the
+// application meant, the address does not say. A virtual IP goes before all.
+func (s *Set) addHosts() {
+	for _, key := range slices.Sorted(maps.Keys(s.ports)) {
+		for _, l := range s.ports[key].hosts {
+			if s.types[ListenerType][l.Name] == nil {
+				s.types[ListenerType][l.Name] = l
+			}
+		}
+	}
 }
 
 // addMissing gives each cluster that a route names and no Service has an entry
 // without endpoints: gRPC would otherwise hold up the whole channel for the 15 s
 // in which it hopes for the cluster, not just the share of that backend.
 func (s *Set) addMissing() error {
-	for _, ps := range s.ports {
-		for _, name := range ps.reaches {
+	add := func(names []string) error {
+		for _, name := range names {
 			if s.types[ClusterType][name] != nil {
 				continue
 			}
@@ -218,6 +306,17 @@ func (s *Set) addMissing() error {
 			}
 			s.types[ClusterType][name], s.types[EndpointType][name] = c, e
 		}
+		return nil
+	}
+	for _, ps := range s.ports {
+		if err := add(ps.reaches); err != nil {
+			return err
+		}
+		for _, o := range ps.overlays {
+			if err := add(o.Reaches); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -230,6 +329,12 @@ func (s *Set) add(key string, ps *portSet) {
 	if ps.route != nil {
 		s.types[RouteType][key] = ps.route
 	}
+	for namespace, r := range ps.overlays {
+		if s.overlays[namespace] == nil {
+			s.overlays[namespace] = Resources{}
+		}
+		s.overlays[namespace][key] = r
+	}
 	s.types[ClusterType][key] = ps.cluster
 	s.types[EndpointType][key] = ps.endpoints
 }
@@ -239,31 +344,29 @@ func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*por
 	ps := &portSet{namespace: svc.Namespace, service: svc.Name, vips: svc.VIPs, port: p}
 	var err error
 	if old != nil && sameButEndpoints(old, ps) {
-		ps.listeners, ps.route, ps.cluster, ps.clear, ps.reaches = old.listeners, old.route, old.cluster, old.clear, old.reaches
-	} else {
-		if ps.listeners, err = listeners(svc, p, dp); err != nil {
+		ps.shape = old.shape
+	} else if ps.shape, err = buildShape(key, svc, p, dp); err != nil {
+		return nil, err
+	}
+	unchanged := old != nil && old.shape == ps.shape
+	if unchanged && slices.Equal(old.port.Endpoints, p.Endpoints) {
+		ps.endpoints, ps.hosts = old.endpoints, old.hosts
+		return ps, nil
+	}
+	if len(svc.VIPs) == 0 {
+		var had []*Resource
+		if unchanged {
+			had = old.hosts
+		}
+		switch dp {
+		case Outrigger:
+			ps.hosts, err = hosts(key, p, had)
+		case Envoy:
+			ps.hosts, err = capturedHosts(key, p, had)
+		case GRPC:
+		}
+		if err != nil {
 			return nil, err
-		}
-		c := cluster(key, p, dp)
-		if dp == Envoy && len(p.Identities) > 0 {
-			if ps.clear, err = encode(ClusterType, key, c); err != nil {
-				return nil, err
-			}
-		}
-		if dp != GRPC {
-			c.TransportSocketMatches = transportSockets(svc, p)
-		}
-		if ps.cluster, err = encode(ClusterType, key, c); err != nil {
-			return nil, err
-		}
-		if routed(p) {
-			if ps.route, err = encode(RouteType, key, routeConfiguration(key, p, dp)); err != nil {
-				return nil, err
-			}
-		}
-		ps.reaches = reaches(key, p)
-		if ps.route != nil {
-			ps.route.Reaches = ps.reaches
 		}
 	}
 	if old != nil && slices.Equal(old.port.Endpoints, p.Endpoints) && (dp != Envoy || old.cluster == ps.cluster) {
@@ -280,6 +383,56 @@ func buildPort(svc *mesh.Service, p mesh.Port, dp DataPlane, old *portSet) (*por
 		ps.endpoints.Version += contentEnd + ps.cluster.Version
 	}
 	return ps, nil
+}
+
+// buildShape makes everything of a port but what its endpoints are.
+func buildShape(key string, svc *mesh.Service, p mesh.Port, dp DataPlane) (*shape, error) {
+	s := &shape{reaches: reaches(key, p, p.Routes, dp)}
+	var err error
+	if s.listeners, err = listeners(svc, p, dp); err != nil {
+		return nil, err
+	}
+	c := cluster(key, p, dp)
+	if dp == Envoy && len(p.Identities) > 0 {
+		if s.clear, err = encode(ClusterType, key, c); err != nil {
+			return nil, err
+		}
+	}
+	if dp == Envoy {
+		if s.captured, err = captured(key, svc, p); err != nil {
+			return nil, err
+		}
+		if c := directCluster(key, svc, p); c != nil {
+			if s.direct, err = encode(ClusterType, c.GetName(), c); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if dp != GRPC {
+		c.TransportSocketMatches = transportSockets(svc, p)
+	}
+	if s.cluster, err = encode(ClusterType, key, c); err != nil {
+		return nil, err
+	}
+	if !routed(p) {
+		return s, nil
+	}
+	if s.route, err = encode(RouteType, key, routeConfiguration(key, p.Routes, dp)); err != nil {
+		return nil, err
+	}
+	s.route.Reaches = s.reaches
+	for _, consumer := range p.Consumers {
+		r, err := encode(RouteType, key, routeConfiguration(key, consumer.Routes, dp))
+		if err != nil {
+			return nil, err
+		}
+		r.Reaches = reaches(key, p, consumer.Routes, dp)
+		if s.overlays == nil {
+			s.overlays = map[string]*Resource{}
+		}
+		s.overlays[consumer.Namespace] = r
+	}
+	return s, nil
 }
 
 // contentEnd ends the part of a version that is the hash of the content.
@@ -305,8 +458,8 @@ func sameButEndpoints(a, b *portSet) bool {
 // dials a port of unknown protocol has thereby said what it speaks.
 func routed(p mesh.Port) bool { return p.Protocol.MayBeHTTP() }
 
-// reaches lists the clusters that calls to a port may end in.
-func reaches(key string, p mesh.Port) []string {
+// reaches lists the clusters that calls to a port with these routes may end in.
+func reaches(key string, p mesh.Port, routes []mesh.Route, dp DataPlane) []string {
 	var out []string
 	if !p.Protocol.IsHTTP() && !p.OnlyServerNames {
 		out = append(out, key)
@@ -318,8 +471,19 @@ func reaches(key string, p mesh.Port) []string {
 			}
 		}
 	}
-	for _, r := range p.Routes {
-		add(r.Backends)
+	for _, r := range routes {
+		if r.Filters == nil {
+			add(r.Backends)
+			continue
+		}
+		if r.Filters.Redirect == nil {
+			add(r.Backends)
+		}
+		if dp != GRPC {
+			for _, m := range mirrors(r.Filters.Mirrors) {
+				out = append(out, m.GetCluster())
+			}
+		}
 	}
 	for _, n := range p.ServerNames {
 		add(n.Backends)

@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -26,8 +27,14 @@ const (
 const CheckEvery = 5 * time.Second
 
 // Server returns an HTTPS server for the handler, not yet listening: give its
-// ServeTLS empty file names.
-func Server(h http.Handler, cert *Certificate, log *slog.Logger) *http.Server {
+// ServeTLS empty file names. get is the certificate of this instant. With
+// callers, only who has a certificate of these authorities is answered, as an API
+// server has that was given one for webhooks; nil asks for none.
+func Server(h http.Handler, get func(*tls.ClientHelloInfo) (*tls.Certificate, error), callers *x509.CertPool, log *slog.Logger) *http.Server {
+	conf := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: get}
+	if callers != nil {
+		conf.ClientAuth, conf.ClientCAs = tls.RequireAndVerifyClientCert, callers
+	}
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: readHeaderTimeout,
@@ -35,9 +42,29 @@ func Server(h http.Handler, cert *Certificate, log *slog.Logger) *http.Server {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.Get},
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // handshakes that strangers break off
+		TLSConfig:         conf,
 	}
+}
+
+// Callers reads the authorities of those who may call, in PEM.
+func Callers(file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("--client-ca: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("--client-ca %s holds no certificate in PEM", file)
+	}
+	return pool, nil
+}
+
+func newExpiry() prometheus.Gauge {
+	return prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "outrigger_certificate_expiry_timestamp_seconds",
+		Help: "When the serving certificate of the webhook expires.",
+	})
 }
 
 // Certificate is a certificate and key in two files that may be replaced at any
@@ -71,10 +98,7 @@ func NewCertificate(certFile, keyFile string, log *slog.Logger, reg prometheus.R
 			Name: "outrigger_webhook_certificate_reload_failures_total",
 			Help: "Times a changed serving certificate could not be used; the old one served on.",
 		}),
-		expiry: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "outrigger_certificate_expiry_timestamp_seconds",
-			Help: "When the serving certificate of the webhook expires.",
-		}),
+		expiry: newExpiry(),
 	}
 	for _, m := range []prometheus.Collector{c.failures, c.expiry} {
 		if err := reg.Register(m); err != nil {

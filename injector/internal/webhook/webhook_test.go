@@ -34,7 +34,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func handler(t testing.TB) *Handler {
 	t.Helper()
-	h, err := New(patch.Settings{Image: "outrigger/sidecar:1.0", ControlPlane: "cp:15012", NativeSidecar: true}, slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+	h, err := New(patch.Settings{Image: "outrigger/sidecar:1.0", ControlPlane: "cp:15012", NativeSidecar: true}, Cluster{}, slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func serve(t *testing.T, h http.Handler) endpoint {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := Server(h, cert, slog.New(slog.DiscardHandler))
+	srv := Server(h, cert.Get, nil, slog.New(slog.DiscardHandler))
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -145,7 +145,7 @@ const web = `{"kind":"Pod","apiVersion":"v1","metadata":{"generateName":"web-6b7
 
 func TestMutate(t *testing.T) {
 	h := handler(t)
-	e := serve(t, h.Mux())
+	e := serve(t, h.Endpoint())
 	f := func(name, body, wantResult string, check func(t *testing.T, r *admissionv1.AdmissionResponse)) {
 		t.Helper()
 		t.Run(name, func(t *testing.T) {
@@ -220,7 +220,7 @@ func TestMutate(t *testing.T) {
 
 func TestMalformed(t *testing.T) {
 	h := handler(t)
-	e := serve(t, h.Mux())
+	e := serve(t, h.Endpoint())
 	n := 0.0
 	f := func(contentType, body string, wantCode int, want string) {
 		t.Helper()

@@ -67,6 +67,8 @@ type Entry struct {
 	SpanID        []byte
 	ParentID      []byte
 	Breaker       string // policy that rejected, or would have
+	Denied        string // authorization policy that denied
+	Observed      string // what a policy in Observe mode would have denied it for
 	Detail        string // why, for local replies
 	Config        string // version of the configuration
 }

@@ -61,6 +61,8 @@ func (l *line) request(e *Entry, same []byte) {
 	}
 	b = appendNonEmpty(b, `,"parent.id":"`, cut(e.ParentID, maxText))
 	b = appendNonEmpty(b, `,"outrigger.breaker.policy":"`, e.Breaker)
+	b = appendNonEmpty(b, `,"outrigger.authorization.policy":"`, e.Denied)
+	b = appendNonEmpty(b, `,"outrigger.authorization.observed":"`, cut(e.Observed, maxLong))
 	b = appendNonEmpty(b, `,"error.message":"`, cut(e.Detail, maxLong))
 	b = appendNonEmpty(b, `,"outrigger.config_version":"`, e.Config)
 	l.b = append(b, "}\n"...)

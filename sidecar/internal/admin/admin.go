@@ -10,11 +10,13 @@ import (
 	"log/slog"
 	"net/http"
 	"sort"
+	"strconv"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/outrigger-mesh/outrigger/program"
+	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
@@ -33,14 +35,20 @@ type Server struct {
 	Control func() any
 	// Detected is what was found out about ports of undeclared protocol, as JSON.
 	Detected func() any
+	// Probes of the application; nil where none are led here.
+	Probes *Probes
 	// Drain begins to drain; Quit ends the program.
 	Drain, Quit func()
 }
 
-// Health serves /healthz, /ready and /metrics, for probes.
+// Health serves /healthz, /ready and /metrics, for probes, and those of the
+// application.
 func (s *Server) Health() http.Handler {
 	mux := http.NewServeMux()
 	program.Operate(mux, s.Ready, s.Metrics, s.Log)
+	if s.Probes != nil {
+		mux.Handle("GET "+bootstrap.ProbePath, s.Probes)
+	}
 	return mux
 }
 
@@ -174,6 +182,7 @@ func dump(t *table.Table) any {
 		Attempts int      `json:"attempts"`
 	}
 	type destinationView struct {
+		Service  string      `json:"service,omitempty"`
 		Missing  bool        `json:"missing,omitempty"`
 		Protocol string      `json:"protocol"`
 		Cluster  string      `json:"cluster,omitempty"`
@@ -182,7 +191,7 @@ func dump(t *table.Table) any {
 	}
 	destinations := map[string]destinationView{}
 	for key, d := range t.Destinations {
-		v := destinationView{Missing: d.Missing, Protocol: d.Protocol, Cluster: d.Cluster}
+		v := destinationView{Service: d.Service, Missing: d.Missing, Protocol: d.Protocol, Cluster: d.Cluster}
 		for _, n := range d.ServerNames {
 			v.Names = append(v.Names, n.Name)
 		}
@@ -197,5 +206,13 @@ func dump(t *table.Table) any {
 		}
 		destinations[key] = v
 	}
-	return map[string]any{"version": t.Version, "destinations": destinations, "clusters": t.Clusters}
+	out := map[string]any{"version": t.Version, "destinations": destinations, "clusters": t.Clusters}
+	if in := t.Inbound; in != nil {
+		ports := map[string]string{"others": in.Default.Protocol}
+		for n, p := range in.Ports {
+			ports[strconv.Itoa(int(n))] = p.Protocol
+		}
+		out["inbound"] = map[string]any{"mtls": in.MTLS, "ports": ports}
+	}
+	return out
 }

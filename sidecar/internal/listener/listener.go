@@ -23,6 +23,10 @@ import (
 // as it is accepted, and counted.
 const MaxConnections = 20000
 
+// lateWait is how long a connection that was accepted while the group drains is
+// waited for to begin its only request.
+const lateWait = 5 * time.Second
+
 // Group is the connections of all listeners of a proxy. The zero value is ready.
 type Group struct {
 	// Refuse has new connections closed while it returns true, for memory is short.
@@ -32,17 +36,20 @@ type Group struct {
 	draining atomic.Bool
 	refused  atomic.Uint64
 
-	mu    sync.Mutex
-	conns map[*Conn]struct{}
-	wg    sync.WaitGroup
+	mu     sync.Mutex
+	conns  map[*Conn]struct{}
+	closed bool // Drain has begun to wait: no more connections
+	wg     sync.WaitGroup
 }
 
 // Conn is an accepted connection.
 type Conn struct {
 	wire.Conn
-	group *Group
-	state atomic.Int32 // busy, idle or woken
-	drain func()       // guarded by group.mu
+	group  *Group
+	state  atomic.Int32 // busy, idle or woken
+	ending atomic.Bool
+	late   bool   // accepted while the group drained, and has said nothing yet
+	drain  func() // guarded by group.mu
 }
 
 const (
@@ -105,12 +112,13 @@ func (g *Group) Serve(ctx context.Context, l *net.TCPListener, handle func(*Conn
 func (g *Group) add(c *Conn) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.draining.Load() || len(g.conns) >= MaxConnections {
+	if g.closed || len(g.conns) >= MaxConnections {
 		return false
 	}
 	if g.conns == nil {
 		g.conns = map[*Conn]struct{}{}
 	}
+	c.late = g.draining.Load()
 	g.conns[c] = struct{}{}
 	g.wg.Add(1)
 	return true
@@ -127,16 +135,25 @@ func (g *Group) remove(c *Conn) {
 // FillIdle is Fill for a connection that waits for its next request, until by:
 // Drain ends the wait. A request whose first bytes have come is still served.
 func (c *Conn) FillIdle(by time.Time) error {
+	if c.late {
+		if late := time.Now().Add(lateWait); late.Before(by) {
+			by = late
+		}
+		c.ReadBy(by)
+		err := c.Fill()
+		c.late = err != nil
+		return err
+	}
 	c.ReadBy(by)
 	c.state.Store(idle)
-	// Either this sees that the group drains or Drain sees that we are idle.
-	draining := c.group.draining.Load()
+	// Either this sees that the group drains or Lame sees that we are idle.
+	draining := c.Ending()
 	if draining {
 		c.Interrupt()
 	}
 	err := c.Fill()
 	if !c.state.CompareAndSwap(idle, busy) {
-		// Drain woke us; it does so with the lock held.
+		// Lame or End woke us; they do so with the lock held.
 		c.group.mu.Lock()
 		c.state.Store(busy)
 		c.group.mu.Unlock()
@@ -153,31 +170,62 @@ func (c *Conn) FillIdle(by time.Time) error {
 func (c *Conn) OnDrain(f func()) {
 	c.group.mu.Lock()
 	c.drain = f
-	draining := c.group.draining.Load()
+	draining := c.Ending()
 	c.group.mu.Unlock()
 	if draining && f != nil {
 		f()
 	}
 }
 
-// Drain ends idle connections at once, lets busy ones finish, and closes what
-// is left when ctx ends. It returns how many had to be closed.
-func (g *Group) Drain(ctx context.Context) (forced int) {
+// Ending reports whether no new work should begin on the connection.
+func (c *Conn) Ending() bool { return c.ending.Load() || c.group.draining.Load() }
+
+// End ends the connection alone, as Lame does with all: at once where it idles,
+// else after what it is busy with.
+func (c *Conn) End() {
+	c.ending.Store(true)
+	c.group.mu.Lock()
+	tell := c.wake()
+	c.group.mu.Unlock()
+	if tell != nil {
+		tell()
+	}
+}
+
+// wake ends the wait for a next request, and returns what tells the peer to send
+// none. The group's lock is held.
+func (c *Conn) wake() (tell func()) {
+	if c.state.CompareAndSwap(idle, woken) {
+		c.Interrupt() // the reader still serves a request whose first bytes are here
+	}
+	return c.drain
+}
+
+// Lame ends idle connections at once, and every other one after what it is busy
+// with. New ones are still accepted, where somebody Serves, and get one request
+// each.
+func (g *Group) Lame() {
 	var tell []func()
 	g.mu.Lock()
 	g.draining.Store(true)
 	for c := range g.conns {
-		if c.state.CompareAndSwap(idle, woken) {
-			c.Interrupt() // the reader still serves a request whose first bytes are here
-		}
-		if c.drain != nil {
-			tell = append(tell, c.drain)
+		if f := c.wake(); f != nil {
+			tell = append(tell, f)
 		}
 	}
 	g.mu.Unlock()
 	for _, f := range tell {
 		f()
 	}
+}
+
+// Drain does what Lame does, accepts nothing more, lets busy connections finish,
+// and closes what is left when ctx ends. It returns how many had to be closed.
+func (g *Group) Drain(ctx context.Context) (forced int) {
+	g.Lame()
+	g.mu.Lock()
+	g.closed = true
+	g.mu.Unlock()
 	done := make(chan struct{})
 	go func() { g.wg.Wait(); close(done) }()
 	select {
@@ -193,4 +241,16 @@ func (g *Group) Drain(ctx context.Context) (forced int) {
 	g.mu.Unlock()
 	<-done
 	return forced
+}
+
+// Go runs f in a goroutine that Drain waits for, as it does for connections. It
+// reports whether it did: not where the group drains.
+func (g *Group) Go(f func()) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining.Load() {
+		return false
+	}
+	g.wg.Go(f)
+	return true
 }

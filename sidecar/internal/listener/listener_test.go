@@ -99,3 +99,86 @@ func TestDrainWakesTheIdleWaitsForTheBusyAndCutsTheRest(t *testing.T) {
 		t.Errorf("%d refused; want 1", g.Refused())
 	}
 }
+
+func TestALameGroupStillAcceptsAndAConnectionCanEndAlone(t *testing.T) {
+	g := &listener.Group{}
+	idling := make(chan bool, 1)
+	addr := serve(t, g, func(c *listener.Conn) {
+		for range 2 {
+			if c.Empty() {
+				idling <- true
+				if c.FillIdle(time.Now().Add(time.Hour)) != nil {
+					return
+				}
+			}
+			_, _ = c.Write(c.Unread())
+			c.Use(len(c.Unread()))
+			if c.Ending() {
+				return
+			}
+		}
+	})
+	echo := func(c net.Conn) (string, error) {
+		if _, err := c.Write([]byte("x")); err != nil {
+			return "", err
+		}
+		var b [1]byte
+		n, err := io.ReadFull(c, b[:])
+		return string(b[:n]), err
+	}
+	first := dial(t, addr)
+	<-idling
+	if got, err := echo(first); got != "x" || err != nil {
+		t.Fatalf("%q, %v", got, err)
+	}
+	<-idling // it waits for its next request
+	g.Lame()
+	if n, err := first.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("an idle connection of a lame group: %d, %v; want its end", n, err)
+	}
+	second := dial(t, addr)
+	<-idling
+	if got, err := echo(second); got != "x" || err != nil {
+		t.Fatalf("a connection to a lame group: %q, %v; want one request", got, err)
+	}
+	if n, err := second.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("its second request: %d, %v; want its end", n, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if forced := g.Drain(ctx); forced != 0 {
+		t.Errorf("%d connections were cut", forced)
+	}
+	if third := dial(t, addr); third != nil {
+		if n, err := third.Read(make([]byte, 1)); n != 0 || err == nil {
+			t.Errorf("a connection after Drain: %d, %v; want it closed", n, err)
+		}
+	}
+}
+
+func TestEndEndsOneConnection(t *testing.T) {
+	g := &listener.Group{}
+	conns := make(chan *listener.Conn, 2)
+	addr := serve(t, g, func(c *listener.Conn) {
+		conns <- c
+		_ = c.FillIdle(time.Now().Add(time.Hour))
+	})
+	a := dial(t, addr)
+	(<-conns).End()
+	b := dial(t, addr)
+	other := <-conns
+	if n, err := a.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("%d, %v; want the end", n, err)
+	}
+	if other.Ending() {
+		t.Error("the other one ends too")
+	}
+	_ = b.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	var timeout net.Error
+	if _, err := b.Read(make([]byte, 1)); !errors.As(err, &timeout) || !timeout.Timeout() {
+		t.Errorf("the other one: %v; want it open", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	g.Drain(ctx)
+}

@@ -100,7 +100,7 @@ func (x *exchange) attemptOnce(b *breaker.Breaker, v breaker.Verdict) (r result)
 	x.series.Attempt(x.attempts > 1)
 	f := &x.fwd
 	f.begin(x, b, v)
-	f.endpoint = x.cluster.Pick(x.tried)
+	f.endpoint = x.pick(x.cluster, x.tried)
 	if f.endpoint == nil {
 		f.abandon() // nothing was tried, so nothing is known
 		return result{failure: retry.ConnectFailure, status: 503, flags: accesslog.UH, why: x.cluster.Name + " has no healthy endpoint", final: true}
@@ -255,6 +255,5 @@ func (x *exchange) attemptHeader() {
 	if n > 0 && x.edit.Set[n-1].Name == "x-outrigger-attempt" {
 		n--
 	}
-	x.pairs[n] = http1.Pair{Name: "x-outrigger-attempt", Value: strconv.AppendInt(x.attempt[:0], int64(x.attempts), 10)}
-	x.edit.Set = x.pairs[:n+1]
+	x.edit.Set = append(x.edit.Set[:n], http1.Pair{Name: "x-outrigger-attempt", Value: strconv.AppendInt(x.attempt[:0], int64(x.attempts), 10)})
 }

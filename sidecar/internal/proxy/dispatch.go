@@ -49,12 +49,21 @@ type target struct {
 
 // serve is the life of a connection: mutual TLS where the peer is a proxy of the
 // mesh, then what the port speaks, or what the first bytes show.
-func (p *path) serve(ctx context.Context, c *listener.Conn, find func() target) {
+// m is nil where callers are taken in clear.
+func (p *path) serve(ctx context.Context, c *listener.Conn, m *Mutual, find func() target) {
 	who := caller{source: c.RemoteAddr().String()}
 	to := find()
-	if p.mutual != nil {
+	if m != nil {
 		var ok bool
-		if who, ok = p.authenticate(ctx, c, who, to.protocol); !ok {
+		if who, ok = p.authenticate(ctx, c, m, who, to.protocol); !ok {
+			return
+		}
+	}
+	if p.capture != nil && who.identity == "" {
+		leave, ok := p.capture.enter(c)
+		defer leave()
+		if !ok {
+			p.refuseClear(c, who, to.protocol)
 			return
 		}
 	}
@@ -74,7 +83,10 @@ func (p *path) serve(ctx context.Context, c *listener.Conn, find func() target) 
 	case r.Protocol == detect.HTTP2 && to.protocol != protocolTLS:
 		p.serveHTTP2(ctx, c, who)
 	default:
-		cluster, refused := to.cluster, ""
+		cluster, refused := to.cluster, p.authorized(&who)
+		if refused != "" {
+			cluster = ""
+		}
 		if to.byServerName != nil {
 			var ok bool
 			if cluster, ok = to.byServerName(r.ServerName); !ok {
@@ -139,8 +151,7 @@ func (p *path) look(c *listener.Conn, by time.Time) (detect.Result, error) {
 
 // authenticate takes mutual TLS from a proxy of the mesh, and says who it is.
 // Callers in clear pass where that is permitted.
-func (p *path) authenticate(ctx context.Context, c *listener.Conn, who caller, protocol string) (caller, bool) {
-	m := p.mutual
+func (p *path) authenticate(ctx context.Context, c *listener.Conn, m *Mutual, who caller, protocol string) (caller, bool) {
 	patient := m.Strict || protocol == protocolHTTP || protocol == protocolTLS
 	by := time.Now().Add(sniffTimeout)
 	if patient {
@@ -163,8 +174,7 @@ func (p *path) authenticate(ctx context.Context, c *listener.Conn, who caller, p
 		if !m.Strict {
 			return who, true
 		}
-		p.Metrics.ProtocolError("downstream", "plaintext_refused")
-		p.refuseConn(c, who, protocol, accesslog.DPE, "plaintext_refused: this workload takes mutual TLS only; call it through a sidecar of the mesh, or make its mtls Permissive")
+		p.refuseClear(c, who, protocol)
 		return who, false
 	}
 	t, err := handshake(ctx, c, m.Config)
@@ -182,6 +192,14 @@ func (p *path) authenticate(ctx context.Context, c *listener.Conn, who caller, p
 	}
 	who.proof = []byte("By=" + m.Self + ";URI=" + who.identity)
 	return who, true
+}
+
+// plaintextRefused is what a caller without mutual TLS is told where it is asked for.
+const plaintextRefused = "plaintext_refused: this workload takes mutual TLS only; call it through a sidecar of the mesh, or make its mtls permissive"
+
+func (p *path) refuseClear(c *listener.Conn, who caller, protocol string) {
+	p.Metrics.ProtocolError("downstream", "plaintext_refused")
+	p.refuseConn(c, who, protocol, accesslog.DPE, plaintextRefused)
 }
 
 // handshake goes on over TLS. What has been read of c is the handshake's.

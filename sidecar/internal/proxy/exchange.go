@@ -46,6 +46,7 @@ type exchange struct {
 	table   *table.Table
 	dest    *table.Destination
 	route   *route.Route
+	backend *route.Weighted // of the route
 	cluster *upstream.Cluster
 	held    bool // a request of the cluster's limit
 	tried   []*upstream.Endpoint
@@ -62,6 +63,8 @@ type exchange struct {
 	flags      accesslog.Flags
 	upstream   string
 	rejected   string // policy that rejected, or would have
+	denied     string // authorization policy that denied
+	observed   string // what one in Observe mode would have denied it for
 	detail     string
 	attempts   int
 	bytesOut   int64
@@ -100,6 +103,7 @@ func (x *exchange) begin() {
 	x.bodyDone, x.replayable, x.pumped = true, true, 0
 	x.grpc, x.grpcStatus = false, retry.NoGRPC
 	x.status, x.flags, x.upstream, x.rejected, x.detail = 0, 0, "", "", ""
+	x.denied, x.observed = "", ""
 	x.attempts, x.bytesOut, x.answered, x.mustClose = 0, 0, false, false
 	x.trace = telemetry.TraceContext{}
 }
@@ -109,7 +113,7 @@ func (x *exchange) begin() {
 func (x *exchange) forget() {
 	x.path, x.ctx, x.down, x.caller = nil, nil, nil, caller{}
 	x.urlPath, x.query = nil, nil
-	x.table, x.dest, x.route, x.cluster, x.held = nil, nil, nil, nil, false
+	x.table, x.dest, x.route, x.backend, x.cluster, x.held = nil, nil, nil, nil, nil, false
 	x.edit, x.pairs = http1.Edit{}, [5]http1.Pair{}
 	clear(x.tried)
 	x.lookups, x.replay, x.tried = x.lookups[:0], x.replay[:0], x.tried[:0]
@@ -129,6 +133,9 @@ func (x *exchange) run() {
 	}
 	if x.held {
 		x.cluster.ReleaseRequest()
+	}
+	if x.route != nil && len(x.route.Mirrors) > 0 {
+		x.mirror()
 	}
 	x.finish()
 }
@@ -189,7 +196,7 @@ func (x *exchange) normalise() bool {
 
 func (x *exchange) findDestination() bool {
 	x.table = x.path.table.Load()
-	x.dest = x.table.Destinations[x.key]
+	x.dest = x.table.Destinations[x.asked]
 	if x.dest == nil || x.dest.Missing || x.dest.Routes == nil {
 		x.flags |= accesslog.NC
 		why := "the control plane knows no service " + x.key + ": check the name and the port"
@@ -239,23 +246,23 @@ func (x *exchange) Lookup(name string) ([]byte, bool) {
 }
 
 func (x *exchange) findCluster() bool {
-	name, ok := x.route.Pick(rand.Uint64())
-	if !ok {
+	x.backend = x.route.Choose(rand.Uint64())
+	if x.backend == nil {
 		return x.reply(500, "route "+x.route.Name+" has no backend that could be used")
 	}
-	x.cluster = x.Clusters.For(x.table, name)
+	x.cluster = x.Clusters.For(x.table, x.backend.Cluster)
 	if x.cluster == nil {
 		x.flags |= accesslog.NC
-		return x.reply(500, "route "+x.route.Name+" names "+name+", which does not exist")
+		return x.reply(500, "route "+x.route.Name+" names "+x.backend.Cluster+", which does not exist")
 	}
 	return true
 }
 
 func (x *exchange) findApplication() bool {
 	x.table = x.path.table.Load()
-	x.dest = x.table.Destinations[x.key]
-	x.route = &x.dest.Routes.Routes[0]
-	x.cluster = x.Clusters.For(x.table, x.dest.Cluster)
+	x.route = &x.app.route
+	x.backend = &x.route.Clusters[0]
+	x.cluster = x.Clusters.For(x.app.table, x.app.cluster)
 	x.held = true
 	x.cluster.AcquireRequest()
 	return true
@@ -351,7 +358,7 @@ func (x *exchange) finish() {
 		Start: x.start, Duration: d, Direction: x.direction(), Protocol: logged[m.Protocol],
 		Method: x.req.Method, Path: x.urlPath, Host: x.req.Host, UserAgent: x.req.Get("user-agent"), RequestID: x.req.Get("x-request-id"),
 		Status: x.status, GRPCStatus: int8(x.grpcStatus), Flags: x.flags, Destination: x.key, Upstream: x.upstream, Source: x.source, Attempts: x.attempts,
-		BytesIn: int64(len(x.replay)) + x.pumped, BytesOut: x.bytesOut, Breaker: x.rejected, Detail: x.detail, PeerIdentity: x.identity,
+		BytesIn: int64(len(x.replay)) + x.pumped, BytesOut: x.bytesOut, Breaker: x.rejected, Denied: x.denied, Observed: x.observed, Detail: x.detail, PeerIdentity: x.identity,
 	}
 	if x.outbound {
 		e.PeerIdentity = x.fwd.peer

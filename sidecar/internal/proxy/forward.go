@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -433,6 +434,9 @@ func (f *forwarding) passOn() (r result, keep bool) {
 		f.until = x.deadline // the rest of the response has the request's own
 	}
 	f.respEdit = http1.Edit{}
+	if c := x.backend.Response; c != nil {
+		f.respEdit.Set, f.respEdit.Add, f.respEdit.Remove = slices.Clone(c.Set), slices.Clone(c.Add), c.Remove
+	}
 	x.answered = true
 	done := f.resp.Framing == http1.None
 	if err := x.down.writeHead(&f.resp, &f.respEdit, done); err != nil {

@@ -81,7 +81,7 @@ func (d *h1Down) serveOne() (again bool) {
 	d.body.Limits = &limits
 	d.body.Reset(d.req.Framing, d.req.Length)
 	d.bodyDone = d.body.Done()
-	d.mustClose = d.req.Close || d.Conns.Draining()
+	d.mustClose = d.req.Close || d.conn.Ending()
 	d.run()
 	if !d.mustClose && !d.bodyDone {
 		d.mustClose = true // where the next request begins is not known

@@ -13,6 +13,8 @@ package proxy
 
 import (
 	"math/rand/v2"
+	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
@@ -71,6 +73,8 @@ type Proxy struct {
 	Mutual   *Mutual          // nil: callers are taken in clear
 	Seen     *detect.Memory
 	Overload *overload.Monitor // nil: nothing is shed
+
+	copies atomic.Int32 // mirrored requests under way
 }
 
 // layer is one step of a path. It returns false when the request has been
@@ -85,13 +89,23 @@ type path struct {
 	*Proxy
 	outbound bool
 	layers   []layer
-	// table and key of the destination: of an outbound port, what the control
-	// plane says; of an inbound one, the application.
-	table  *table.Current
+	// table is what the control plane says.
+	table *table.Current
+	// key is what logs and metrics call the destination.
 	key    string
-	mutual *Mutual // of an inbound port
 	series *telemetry.Destination
 	http2  *http2.Config
+
+	// asked is the destination's name in the table, and pin the address that the
+	// application called, where it was captured: of an outbound path.
+	asked string
+	pin   netip.AddrPort
+
+	// app is where an inbound path leads, and port its port where capture, which says
+	// what is asked of callers, is not nil.
+	app     *application
+	capture *Capture
+	port    uint16
 }
 
 // HTTP2 bounds HTTP/2 connections on a side, downstream or upstream, and counts

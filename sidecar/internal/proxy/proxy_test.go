@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.uber.org/goleak"
 
 	"github.com/outrigger-mesh/outrigger/program"
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
@@ -36,8 +35,6 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const key = "shop/payments:80"
 

@@ -53,6 +53,9 @@ func (p *path) relay(ctx context.Context, c *listener.Conn, who caller, clusterN
 	if learn {
 		s.Memory, s.Key = p.Seen, p.key
 	}
+	if p.capture != nil && who.identity == "" {
+		p.capture.lasts(c)
+	}
 	// Its deadlines are the tunnel's from here on.
 	_ = c.TCP().SetDeadline(time.Time{})
 	p.carry(ctx, c.Transport(), s)
@@ -90,6 +93,9 @@ func (p *path) carry(ctx context.Context, c net.Conn, s stream) {
 	if s.Cluster == "" {
 		e.Flags, e.Detail = accesslog.NR, s.Refused
 		return
+	}
+	if p.app != nil {
+		t = p.app.table
 	}
 	cluster := p.Clusters.For(t, s.Cluster)
 	if cluster == nil {
@@ -141,7 +147,7 @@ func (p *path) connect(ctx context.Context, cluster *upstream.Cluster, e *access
 				return nil
 			}
 		}
-		ep := cluster.Pick(tried)
+		ep := p.pick(cluster, tried)
 		if ep == nil {
 			if b != nil {
 				b.Abandon(v.Ticket)

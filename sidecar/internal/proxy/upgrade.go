@@ -56,6 +56,9 @@ func (f *forwarding) converse() {
 	if !ok {
 		panic("proxy: a tunnel for a client that cannot have asked for it")
 	}
+	if x.capture != nil && x.identity == "" {
+		x.capture.lasts(d.conn)
+	}
 	early := d.conn.Unread()
 	d.conn.Use(len(early))
 	x.pumped += int64(len(early))

@@ -178,6 +178,14 @@ func unescaped(b []byte) []byte {
 // Pick chooses one of the route's clusters by weight; rnd is random. It is not
 // ok where the weights add up to zero: the request is answered 500.
 func (r *Route) Pick(rnd uint64) (cluster string, ok bool) {
+	if w := r.Choose(rnd); w != nil {
+		return w.Cluster, true
+	}
+	return "", false
+}
+
+// Choose is Pick with what goes with the cluster; nil where it is not ok.
+func (r *Route) Choose(rnd uint64) *Weighted {
 	var total uint64
 	for i := range r.Clusters {
 		total += uint64(r.Clusters[i].Weight)
@@ -186,11 +194,11 @@ func (r *Route) Pick(rnd uint64) (cluster string, ok bool) {
 	for i := range r.Clusters {
 		w := uint64(r.Clusters[i].Weight)
 		if point < w {
-			return r.Clusters[i].Cluster, true
+			return &r.Clusters[i]
 		}
 		point -= w
 	}
-	return "", false
+	return nil
 }
 
 // MaxRegex bounds the length of an expression, in bytes.
@@ -207,4 +215,13 @@ func Compile(expr string) (*regexp.Regexp, error) {
 		return nil, err
 	}
 	return regexp.Compile(`\A(?:` + expr + `)\z`)
+}
+
+// CompilePart makes an expression for PathRewrite: RE2, matching anywhere.
+// Expressions longer than MaxRegex are refused.
+func CompilePart(expr string) (*regexp.Regexp, error) {
+	if len(expr) > MaxRegex {
+		return nil, fmt.Errorf("the regular expression has %d bytes; %d are allowed", len(expr), MaxRegex)
+	}
+	return regexp.Compile(expr)
 }

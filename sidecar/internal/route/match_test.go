@@ -104,7 +104,7 @@ func TestFirstMatchWins(t *testing.T) {
 }
 
 func TestPickFollowsTheWeights(t *testing.T) {
-	r := &route.Route{Clusters: []route.Weighted{{"a", 1}, {"zero", 0}, {"b", 3}}}
+	r := &route.Route{Clusters: []route.Weighted{{Cluster: "a", Weight: 1}, {Cluster: "zero", Weight: 0}, {Cluster: "b", Weight: 3}}}
 	got := map[string]int{}
 	for i := range uint64(400) {
 		c, ok := r.Pick(i * (1<<64/400 + 1))
@@ -116,7 +116,7 @@ func TestPickFollowsTheWeights(t *testing.T) {
 	if s := fmt.Sprint(got); s != "map[a:100 b:300]" {
 		t.Errorf("400 even draws of 1:0:3 = %s", s)
 	}
-	for _, r := range []*route.Route{{}, {Clusters: []route.Weighted{{"a", 0}}}} {
+	for _, r := range []*route.Route{{}, {Clusters: []route.Weighted{{Cluster: "a", Weight: 0}}}} {
 		if c, ok := r.Pick(1 << 63); ok {
 			t.Errorf("Pick of weights adding up to 0 = %q", c)
 		}
@@ -145,7 +145,7 @@ func TestMatchAllocatesNothing(t *testing.T) {
 		{Match: route.Match{PathRegex: re}},
 		{Match: route.Match{Prefix: "/api", Method: "DELETE"}},
 		{Match: route.Match{Prefix: "/api", Query: []route.Value{{Name: "k", Exact: "v v"}}}},
-		{Name: "last", Match: route.Match{Prefix: "/api", Method: "GET", Headers: []route.Value{{Name: "x-user", Exact: "ada"}}}, Clusters: []route.Weighted{{"a", 1}}},
+		{Name: "last", Match: route.Match{Prefix: "/api", Method: "GET", Headers: []route.Value{{Name: "x-user", Exact: "ada"}}}, Clusters: []route.Weighted{{Cluster: "a", Weight: 1}}},
 	}}
 	r := &route.Request{Method: []byte("GET"), Path: []byte("/api/items"), RawQuery: []byte("a=b&k=v+w"), Headers: &oneHeader{[]byte("ada")}}
 	if n := testing.AllocsPerRun(100, func() {

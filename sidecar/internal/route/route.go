@@ -28,6 +28,14 @@ type Route struct {
 	// Clusters with weights. Empty, or a total weight of zero: the request is
 	// answered 500 (Gateway API, HTTPRouteRule.backendRefs).
 	Clusters []Weighted
+	// Redirect answers the request; nil does not.
+	Redirect *Redirect
+	// Path and Host are what the cluster is asked for instead; nil and empty are
+	// what the client asks for.
+	Path *PathRewrite
+	Host []byte
+	// Mirrors get a copy of the request.
+	Mirrors []Mirror
 	// Timeout of the request with all its attempts; 0 is none.
 	Timeout time.Duration
 	Retry   retry.Policy
@@ -37,6 +45,15 @@ type Route struct {
 type Weighted struct {
 	Cluster string
 	Weight  uint32
+	// Request and Response are the changes of the route and of this cluster; nil
+	// where there are none.
+	Request, Response *Change
+}
+
+// Mirror is a cluster that gets a copy of Numerator in Denominator requests.
+type Mirror struct {
+	Cluster                string
+	Numerator, Denominator uint32
 }
 
 // Match describes requests; the zero value matches every one.

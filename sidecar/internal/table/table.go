@@ -8,7 +8,9 @@
 package table
 
 import (
+	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
@@ -23,15 +25,21 @@ type Table struct {
 	// Version names the configuration in logs: a hash over the versions of the
 	// resources in it.
 	Version string
-	// Destinations by key, <namespace>/<service>:<port>.
+	// Destinations by key, <namespace>/<service>:<port>, or <IP>:<port> of one that
+	// was captured.
 	Destinations map[string]*Destination
 	// Clusters by name, which is a key too.
 	Clusters map[string]*Cluster
+	// Inbound is nil while the control plane has not said what the workload asks of
+	// those who call it, or says that there is no such workload: nobody is served.
+	Inbound *Inbound
 }
 
 // Destination is what is known of a port that the application calls.
 type Destination struct {
 	Key string
+	// Service is <namespace>/<service>:<port>, whatever the key.
+	Service string
 	// Missing: the control plane answered that no such service exists.
 	Missing bool
 	// Protocol is http, tcp, tls (bytes, routed by server name) or auto, which is
@@ -93,6 +101,9 @@ type Cluster struct {
 	// TLS is how the endpoints that say so (balance.Endpoint.TLS) are reached; nil
 	// where none is.
 	TLS *TLS
+	// Source is the address that connections come from. The zero Addr leaves it to
+	// the system.
+	Source netip.Addr `json:"-"`
 }
 
 // TLS is mutual TLS towards the endpoints of a cluster.
@@ -114,7 +125,12 @@ type Limits struct {
 
 // Current is the published Table. The zero value holds an empty one. It is
 // safe for concurrent use.
-type Current struct{ p atomic.Pointer[Table] }
+type Current struct {
+	p atomic.Pointer[Table]
+
+	mu      sync.Mutex
+	changed chan struct{} // nil while nobody has asked for it
+}
 
 // Load returns the Table in force; never nil.
 func (c *Current) Load() *Table {
@@ -125,6 +141,25 @@ func (c *Current) Load() *Table {
 }
 
 // Store publishes t, which must not be changed afterwards.
-func (c *Current) Store(t *Table) { c.p.Store(t) }
+func (c *Current) Store(t *Table) {
+	c.p.Store(t)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.changed != nil {
+		close(c.changed)
+		c.changed = nil
+	}
+}
+
+// Changed is closed when a Table is published after the call. Who waits for
+// something calls it, then looks at what Load returns, then waits.
+func (c *Current) Changed() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.changed == nil {
+		c.changed = make(chan struct{})
+	}
+	return c.changed
+}
 
 var empty Table

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -209,6 +210,10 @@ func (e *Endpoint) dial(ctx context.Context, deadline time.Time, protocol string
 		until = deadline
 	}
 	dialer := net.Dialer{Deadline: until, KeepAlive: 30 * time.Second}
+	if cfg.Source.IsValid() {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(cfg.Source, 0))
+		dialer.ControlContext = choosePortLate
+	}
 	nc, err := dialer.DialContext(ctx, "tcp", e.Name)
 	if err != nil {
 		return d, err

@@ -13,6 +13,7 @@ import (
 	"crypto/tls"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -103,6 +104,13 @@ func (cs *Clusters) Pin(name string) {
 	cs.mu.Unlock()
 }
 
+// Unpin ends Pin: once idle, the cluster is forgotten.
+func (cs *Clusters) Unpin(name string) {
+	cs.mu.Lock()
+	delete(cs.pinned, name)
+	cs.mu.Unlock()
+}
+
 // All returns the clusters in use, in no order.
 func (cs *Clusters) All() []*Cluster {
 	cs.mu.RLock()
@@ -168,6 +176,7 @@ type Cluster struct {
 
 	applied   atomic.Pointer[table.Cluster]
 	endpoints atomic.Pointer[[]*Endpoint]
+	byAddress atomic.Pointer[[]*Endpoint] // the same, sorted
 	breaker   atomic.Pointer[breaker.Breaker]
 
 	requests    atomic.Int64
@@ -225,7 +234,9 @@ func (c *Cluster) apply(want *table.Cluster, cs *Clusters) {
 		next = append(next, e)
 		addresses = append(addresses, ep.Address)
 	}
+	sorted := slices.SortedFunc(slices.Values(next), func(a, b *Endpoint) int { return a.Address.Compare(b.Address) })
 	c.endpoints.Store(&next)
+	c.byAddress.Store(&sorted)
 	for _, gone := range old {
 		gone.retire()
 	}
@@ -309,6 +320,21 @@ func (c *Cluster) Pick(tried []*Endpoint) *Endpoint {
 		return nil
 	}
 	return eps[i]
+}
+
+// At is the endpoint with the address, whether it is healthy or not; nil where
+// the cluster has none. It is for callers that have made the choice themselves, as
+// those of a headless Service do.
+func (c *Cluster) At(address netip.AddrPort) *Endpoint {
+	p := c.byAddress.Load()
+	if p == nil {
+		return nil
+	}
+	i, found := slices.BinarySearchFunc(*p, address, func(e *Endpoint, a netip.AddrPort) int { return e.Address.Compare(a) })
+	if !found {
+		return nil
+	}
+	return (*p)[i]
 }
 
 // Record tells outlier detection how an attempt ended.

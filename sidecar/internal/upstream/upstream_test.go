@@ -440,3 +440,52 @@ func TestGetAndPutFromManyGoroutines(t *testing.T) {
 		t.Errorf("%d active after all have ended", n)
 	}
 }
+
+func TestAtFindsAnEndpointThatTheCallerChose(t *testing.T) {
+	cs := New(nil, nil, nil)
+	var eps []balance.Endpoint
+	for _, a := range []string{"10.0.0.9:80", "[fd00::1]:80", "10.0.0.1:81", "10.0.0.1:80"} {
+		eps = append(eps, balance.Endpoint{Address: netip.MustParseAddrPort(a), Healthy: false, Weight: 1})
+	}
+	c := cs.For(&table.Table{Clusters: map[string]*table.Cluster{"a": {Name: "a", Endpoints: eps}}}, "a")
+	for _, ep := range eps {
+		if e := c.At(ep.Address); e == nil || e.Address != ep.Address {
+			t.Errorf("At(%s) = %v", ep.Address, e)
+		}
+	}
+	if e := c.At(netip.MustParseAddrPort("10.0.0.2:80")); e != nil {
+		t.Errorf("an address that is no endpoint gives %s", e.Name)
+	}
+	c = cs.For(&table.Table{Clusters: map[string]*table.Cluster{"a": {Name: "a"}}}, "a")
+	if e := c.At(eps[0].Address); e != nil {
+		t.Errorf("an endpoint that has gone is still found: %s", e.Name)
+	}
+}
+
+// A connection comes from the cluster's source, which is how the rules of a
+// captured pod tell it from others.
+func TestConnectionsComeFromTheSource(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	cs := New(nil, nil, nil)
+	c := cs.For(&table.Table{Clusters: map[string]*table.Cluster{"a": {
+		Name: "a", Endpoints: []balance.Endpoint{{Address: netip.MustParseAddrPort(l.Addr().String()), Healthy: true, Weight: 1}},
+		Source: netip.MustParseAddr("127.0.0.6"),
+	}}}, "a")
+	up, err := c.Endpoints()[0].Dial(t.Context(), time.Time{})
+	if err != nil {
+		t.Skipf("no connection from 127.0.0.6, so this system is none that pods run on: %v", err)
+	}
+	defer up.Endpoint.Discard(up)
+	down, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = down.Close() }()
+	if got := netip.MustParseAddrPort(down.RemoteAddr().String()).Addr().String(); got != "127.0.0.6" {
+		t.Errorf("the connection came from %s", got)
+	}
+}

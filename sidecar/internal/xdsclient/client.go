@@ -3,6 +3,7 @@
 // are wanted and for whatever they refer to, and nothing else.
 //
 //	destination K -> listener outbound/K -> routes -> clusters -> endpoints
+//	those who call -> listener inbound/<namespace>/<instance>
 //
 // It owns the stream, the subscriptions and the file of the last good
 // configuration; decoding (decode.go, metadata.go) and the graph of resources
@@ -92,6 +93,7 @@ type Client struct {
 	ready   chan struct{}
 
 	mu        sync.Mutex
+	loaded    bool
 	store     *store
 	readyDone bool
 	status    Status // without what is collected on demand
@@ -115,6 +117,9 @@ func New(o Options) *Client {
 	c.node = &corev3.Node{
 		Id: o.Node.NodeID(), Cluster: o.Node.Workload + "." + o.Node.Namespace, Metadata: meta,
 		UserAgentName: bootstrap.UserAgent,
+	}
+	if o.Node.Capture {
+		c.store.inbound = o.Node.InboundName()
 	}
 	return c
 }
@@ -153,6 +158,44 @@ func (c *Client) Want(keys ...string) error {
 	return first
 }
 
+// Forget ends what Want began: the destinations leave the Table, and the control
+// plane is not asked about them any more.
+func (c *Client) Forget(keys ...string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, key := range keys {
+		delete(c.store.wanted, key)
+	}
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Restore reads the last good configuration, unless that was done already, and
+// returns the destinations in it that had been captured and led to a service,
+// <IP>:<port>. Those that are wanted again are in the Table as soon as Run runs,
+// whether the control plane is there or not.
+func (c *Client) Restore() (captured []string) {
+	c.mu.Lock()
+	loaded := c.loaded
+	c.loaded = true
+	c.mu.Unlock()
+	if !loaded && c.o.StateFile != "" {
+		c.load()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for name, r := range c.store.spare[listeners] {
+		key, ok := strings.CutPrefix(name, listenerPrefix)
+		if _, err := netip.ParseAddrPort(key); ok && err == nil && !r.missing {
+			captured = append(captured, key)
+		}
+	}
+	slices.Sort(captured)
+	return captured
+}
+
 // Ready is closed once every destination that is wanted by then has an answer,
 // from the control plane or from the last good configuration, and Run runs. It
 // stays closed.
@@ -170,8 +213,8 @@ func (c *Client) Run(ctx context.Context) error {
 		c.o.Credentials = insecure.NewCredentials()
 	}
 	r := &run{Client: c, ctx: ctx, backoff: backoffMin}
+	c.Restore()
 	if c.o.StateFile != "" {
-		c.load()
 		r.saver = startSaver(c.o.StateFile)
 	}
 	return r.loop()

@@ -90,9 +90,15 @@ func oneRoute(in *routev3.Route, inherited *routev3.RetryPolicy) (route.Route, e
 		if out.Retry, err = retryPolicy(policy, in.GetMetadata()); err != nil {
 			return out, err
 		}
-		return out, nil
+		return out, mergeChanges(&out, in)
+	case *routev3.Route_Redirect:
+		if out.Redirect, err = redirect(&out.Match, a.Redirect); err != nil {
+			return out, fmt.Errorf("redirect.%w", err)
+		}
+		_, out.Redirect.Response, err = headerChanges(in)
+		return out, err
 	}
-	return out, fmt.Errorf("action: %T is not supported; route and direct_response are", in.GetAction())
+	return out, fmt.Errorf("action: %T is not supported; route, redirect and direct_response are", in.GetAction())
 }
 
 func routeAction(out *route.Route, in *routev3.RouteAction) error {
@@ -112,15 +118,10 @@ func routeAction(out *route.Route, in *routev3.RouteAction) error {
 	default:
 		return fmt.Errorf("cluster_specifier: %T is not supported; cluster and weighted_clusters are", s)
 	}
-	switch {
-	case in.GetPrefixRewrite() != "", in.GetRegexRewrite() != nil, in.GetPathRewritePolicy() != nil, in.GetPathRewrite() != "":
-		return errors.New("prefix_rewrite, regex_rewrite, path_rewrite: rewriting the path is not supported")
-	case in.GetHostRewriteSpecifier() != nil:
-		return errors.New("host_rewrite_specifier: rewriting the authority is not supported")
-	case len(in.GetRequestMirrorPolicies()) > 0:
-		return errors.New("request_mirror_policies: mirroring is not supported")
+	err := rewrites(out, in)
+	if err != nil {
+		return err
 	}
-	var err error
 	out.Timeout, err = duration("timeout", in.GetTimeout(), 0)
 	return err
 }

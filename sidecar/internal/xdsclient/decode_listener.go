@@ -30,6 +30,7 @@ import (
 //	      default one: serverNames, and maybe cluster
 type listener struct {
 	protocol    string // as in table.Destination
+	service     string // <namespace>/<service>:<port>, from stat_prefix; empty where that is something else
 	routeName   string
 	inline      *route.Config
 	cluster     string
@@ -50,6 +51,7 @@ func (l *listener) clusters() []string {
 
 // target is where one filter chain leads: to routes, or to clusters as bytes.
 type target struct {
+	service   string
 	routeName string
 	inline    *route.Config
 	clusters  []route.Weighted
@@ -145,7 +147,7 @@ func decodeListener(b []byte) (listener, error) {
 			case rest == nil:
 				return listener{}, errors.New("default_filter_chain: it is missing; what is not HTTP needs one")
 			}
-			out.protocol, out.routeName, out.inline = "auto", c.routeName, c.inline
+			out.protocol, out.service, out.routeName, out.inline = "auto", c.service, c.routeName, c.inline
 			return out, nil
 		}
 		names, err := serverNames(field, c.match)
@@ -162,6 +164,7 @@ func decodeListener(b []byte) (listener, error) {
 			if slices.ContainsFunc(out.serverNames, func(o table.ServerName) bool { return o.Name == n }) {
 				return listener{}, fmt.Errorf("%s.server_names: %q is there twice", field, n)
 			}
+			out.service = c.service
 			out.serverNames = append(out.serverNames, table.ServerName{Name: n, Clusters: c.clusters})
 		}
 	}
@@ -186,16 +189,16 @@ func byPrecedence(a, b table.ServerName) int {
 // alone is a listener with one chain for everything.
 func (t *target) alone(field string, inspected bool) (listener, error) {
 	if t.http() {
-		return listener{protocol: "http", routeName: t.routeName, inline: t.inline}, nil
+		return listener{protocol: "http", service: t.service, routeName: t.routeName, inline: t.inline}, nil
 	}
 	cluster, err := t.cluster(field)
 	if err != nil {
 		return listener{}, err
 	}
 	if inspected {
-		return listener{protocol: "tls", cluster: cluster}, nil
+		return listener{protocol: "tls", service: t.service, cluster: cluster}, nil
 	}
-	return listener{protocol: "tcp", cluster: cluster}, nil
+	return listener{protocol: "tcp", service: t.service, cluster: cluster}, nil
 }
 
 // inspectors reports which of the two listener filters that are known are there.
@@ -292,7 +295,7 @@ func decodeFilter(field string, a *anypb.Any) (target, error) {
 			if rds.GetRouteConfigName() == "" {
 				return target{}, fmt.Errorf("%s.rds.route_config_name: it is empty", field)
 			}
-			return target{routeName: rds.GetRouteConfigName()}, nil
+			return target{service: serviceOf(m.GetStatPrefix()), routeName: rds.GetRouteConfigName()}, nil
 		}
 		if m.GetRouteConfig() == nil {
 			return target{}, fmt.Errorf("%s.route_specifier: rds and route_config are supported, and neither is set", field)
@@ -301,7 +304,7 @@ func decodeFilter(field string, a *anypb.Any) (target, error) {
 		if err != nil {
 			return target{}, fmt.Errorf("%s.route_config.%w", field, err)
 		}
-		return target{inline: c}, nil
+		return target{service: serviceOf(m.GetStatPrefix()), inline: c}, nil
 	case a.MessageIs((*tcpproxyv3.TcpProxy)(nil)):
 		var t tcpproxyv3.TcpProxy
 		if err := proto.Unmarshal(a.GetValue(), &t); err != nil {
@@ -313,7 +316,7 @@ func decodeFilter(field string, a *anypb.Any) (target, error) {
 }
 
 func tcpTarget(field string, t *tcpproxyv3.TcpProxy) (target, error) {
-	var out target
+	out := target{service: serviceOf(t.GetStatPrefix())}
 	switch s := t.GetClusterSpecifier().(type) {
 	case *tcpproxyv3.TcpProxy_WeightedClusters:
 		for i, w := range s.WeightedClusters.GetClusters() {
@@ -335,4 +338,15 @@ func tcpTarget(field string, t *tcpproxyv3.TcpProxy) (target, error) {
 		out.clusters = []route.Weighted{{Cluster: t.GetCluster(), Weight: 1}}
 	}
 	return out, nil
+}
+
+// serviceOf is a stat_prefix that names a service, <namespace>/<service>:<port>,
+// and empty for any other.
+func serviceOf(statPrefix string) string {
+	namespace, rest, ok := strings.Cut(statPrefix, "/")
+	name, port, numbered := strings.Cut(rest, ":")
+	if !ok || !numbered || namespace == "" || name == "" || port == "" || len(statPrefix) > maxKey {
+		return ""
+	}
+	return statPrefix
 }

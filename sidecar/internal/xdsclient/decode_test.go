@@ -2,7 +2,9 @@ package xdsclient
 
 import (
 	"fmt"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,6 +18,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/outrigger-mesh/outrigger/golden"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/route"
 )
 
 func message(k kind) proto.Message {
@@ -55,24 +58,39 @@ func decodeYAML(t *testing.T, k kind, text []byte) string {
 		t.Fatal(err)
 	}
 	var r resource
-	if err := r.decode(k, b); err != nil {
+	var name string
+	if l, ok := m.(*listenerv3.Listener); ok {
+		name = l.GetName()
+	}
+	if err := r.decode(k, name, b); err != nil {
 		// protobuf-go varies the space after its own prefix on purpose.
 		return "rejected: " + strings.ReplaceAll(err.Error(), "\u00a0", " ") + "\n"
 	}
 	var s strings.Builder
 	switch k {
 	case listeners:
+		if in := r.inbound; in != nil {
+			fmt.Fprintf(&s, "mtls=%s\n", in.MTLS)
+			for _, n := range slices.Sorted(maps.Keys(in.Ports)) {
+				fmt.Fprintf(&s, "  %d %s\n", n, in.Ports[n].Protocol)
+			}
+			fmt.Fprintf(&s, "  others %s\n", in.Default.Protocol)
+			break
+		}
+		if r.listener.service != "" {
+			fmt.Fprintf(&s, "of %s ", r.listener.service)
+		}
 		fmt.Fprintf(&s, "%s routes=%q cluster=%q", r.listener.protocol, r.listener.routeName, r.listener.cluster)
 		if c := r.listener.inline; c != nil {
 			fmt.Fprintf(&s, " inline routes=%d", len(c.Routes))
 		}
 		for _, n := range r.listener.serverNames {
-			fmt.Fprintf(&s, "\n  %s to %+v", n.Name, n.Clusters)
+			fmt.Fprintf(&s, "\n  %s to %s", n.Name, weighted(n.Clusters))
 		}
 		s.WriteByte('\n')
 	case routes:
 		for _, x := range r.routes.Routes {
-			fmt.Fprintf(&s, "%s\n  match %+v\n  to %+v timeout %v\n  retry %+v\n", x.Name, x.Match, x.Clusters, x.Timeout, x.Retry)
+			fmt.Fprintf(&s, "%s\n  match %+v\n  to %s timeout %v\n  retry %+v\n%s", x.Name, x.Match, weighted(x.Clusters), x.Timeout, x.Retry, filters(&x))
 		}
 	case clusters:
 		c := r.cluster
@@ -131,8 +149,12 @@ func FuzzDecode(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, k uint8, b []byte) {
+		var in resource
+		if in.decode(listeners, inboundPrefix, b) == nil && in.inbound.Default.Protocol == "" {
+			t.Error("ports that are not named have no protocol")
+		}
 		var r resource
-		if err := r.decode(kind(k)%kinds, b); err != nil {
+		if err := r.decode(kind(k)%kinds, "", b); err != nil {
 			return
 		}
 		if kind(k)%kinds == routes {
@@ -156,4 +178,59 @@ func FuzzLastGood(f *testing.F) {
 			t.Errorf("what was read cannot be written: %v", err)
 		}
 	})
+}
+
+func weighted(in []route.Weighted) string {
+	var out []string
+	for _, w := range in {
+		s := fmt.Sprintf("{Cluster:%s Weight:%d", w.Cluster, w.Weight)
+		if w.Request != nil {
+			s += " request " + change(w.Request)
+		}
+		if w.Response != nil {
+			s += " response " + change(w.Response)
+		}
+		out = append(out, s+"}")
+	}
+	return "[" + strings.Join(out, " ") + "]"
+}
+
+func change(c *route.Change) string {
+	var out []string
+	for _, p := range c.Set {
+		out = append(out, fmt.Sprintf("set %s=%s", p.Name, p.Value))
+	}
+	for _, p := range c.Add {
+		out = append(out, fmt.Sprintf("add %s=%s", p.Name, p.Value))
+	}
+	for _, name := range c.Remove {
+		out = append(out, "remove "+name)
+	}
+	return "(" + strings.Join(out, ", ") + ")"
+}
+
+// filters are the lines of what a route changes.
+func filters(r *route.Route) string {
+	var s strings.Builder
+	path := func(p *route.PathRewrite) string {
+		switch {
+		case p == nil:
+			return "as it is"
+		case p.Full != "":
+			return p.Full
+		case p.Regex != nil:
+			return fmt.Sprintf("%s replaced by %s", p.Regex, p.Substitution)
+		}
+		return fmt.Sprintf("%q in the place of %q", p.Prefix, p.From)
+	}
+	if d := r.Redirect; d != nil {
+		fmt.Fprintf(&s, "  redirect %d %s://%s:%d, path %s, %s\n", d.Status, d.Scheme, d.Host, d.Port, path(d.Path), change(&d.Response))
+	}
+	if r.Path != nil || r.Host != nil {
+		fmt.Fprintf(&s, "  rewrite host %q, path %s\n", r.Host, path(r.Path))
+	}
+	for _, m := range r.Mirrors {
+		fmt.Fprintf(&s, "  mirror %d/%d to %s\n", m.Numerator, m.Denominator, m.Cluster)
+	}
+	return s.String()
 }

@@ -1,11 +1,13 @@
 package xdsclient
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/balance"
@@ -47,8 +49,12 @@ func kindOf(typeURL string) (kind, bool) {
 	return 0, false
 }
 
-// listenerPrefix makes the name of a listener out of a destination's key.
-const listenerPrefix = "outbound/"
+// listenerPrefix makes the name of a listener out of a destination's key;
+// inboundPrefix begins the name of the one for those who call.
+const (
+	listenerPrefix = "outbound/"
+	inboundPrefix  = "inbound/"
+)
 
 // patience is how long a new configuration waits for what it refers to before
 // it is published without it.
@@ -69,15 +75,20 @@ type resource struct {
 
 	// One of these, by kind; not changed once set.
 	listener  listener
+	inbound   *table.Inbound
 	routes    *route.Config
 	cluster   *cluster
 	endpoints []balance.Endpoint
 }
 
 // decode fills in the field of the kind.
-func (r *resource) decode(k kind, b []byte) (err error) {
+func (r *resource) decode(k kind, name string, b []byte) (err error) {
 	switch k {
 	case listeners:
+		if strings.HasPrefix(name, inboundPrefix) {
+			r.inbound, err = decodeInbound(b)
+			return err
+		}
 		r.listener, err = decodeListener(b)
 	case routes:
 		r.routes, err = decodeRoutes(b)
@@ -97,6 +108,7 @@ func (r *resource) decode(k kind, b []byte) (err error) {
 type store struct {
 	keepRaw    bool
 	wanted     map[string]bool
+	inbound    string                      // name of the listener for those who call; empty: none
 	res        [kinds]map[string]*resource // exactly those that are subscribed
 	spare      [kinds]map[string]*resource // from the file, not referred to yet
 	generation uint64
@@ -104,6 +116,7 @@ type store struct {
 	// What the table in force is made of.
 	dests    map[string]publishedDestination
 	clusters map[string]publishedCluster
+	callers  publishedInbound
 	waiting  map[string]time.Time // since when, by what is waited for
 }
 
@@ -117,6 +130,11 @@ type publishedCluster struct {
 	*table.Cluster
 	generation [2]uint64 // of the cluster and its endpoints
 	version    string
+}
+
+type publishedInbound struct {
+	*table.Inbound
+	version string
 }
 
 func newStore(keepRaw bool) *store {
@@ -141,7 +159,7 @@ func (s *store) accept(k kind, name, version string, raw []byte) error {
 		return nil
 	}
 	next := resource{answered: true, version: version, sum: sum}
-	if err := next.decode(k, raw); err != nil {
+	if err := next.decode(k, name, raw); err != nil {
 		err = fmt.Errorf("%s %s: %w", k, name, err)
 		r.rejected = err.Error()
 		return err
@@ -171,7 +189,7 @@ func (s *store) restore(k kind, name, version string, raw []byte, missing bool) 
 	s.generation++
 	r := &resource{answered: true, missing: missing, version: version, generation: s.generation}
 	if !missing {
-		if err := r.decode(k, raw); err != nil {
+		if err := r.decode(k, name, raw); err != nil {
 			return fmt.Errorf("%s %s: %w", k, name, err)
 		}
 		r.sum, r.raw = sha256.Sum256(raw), raw
@@ -195,6 +213,9 @@ func refs(c *route.Config) []string {
 			if w.Weight > 0 {
 				out = append(out, w.Cluster)
 			}
+		}
+		for _, m := range c.Routes[i].Mirrors {
+			out = append(out, m.Cluster)
 		}
 	}
 	slices.Sort(out)
@@ -235,6 +256,9 @@ func (s *store) needed() [kinds]map[string]bool {
 		for _, n := range names {
 			need[clusters][n] = true
 		}
+	}
+	if s.inbound != "" {
+		need[listeners][s.inbound] = true
 	}
 	for key := range s.wanted {
 		name := listenerPrefix + key
@@ -364,12 +388,16 @@ func (s *store) build(now time.Time) (t *table.Table, next time.Time) {
 		}
 	}
 	s.waiting = waiting
-	same := maps.EqualFunc(dests, s.dests, func(a, b publishedDestination) bool { return a.Destination == b.Destination }) &&
+	var callers publishedInbound // none where there is no such workload: it lets nobody in
+	if l := s.res[listeners][s.inbound]; l != nil {
+		callers = publishedInbound{l.inbound, l.version}
+	}
+	same := callers.Inbound == s.callers.Inbound && maps.EqualFunc(dests, s.dests, func(a, b publishedDestination) bool { return a.Destination == b.Destination }) &&
 		maps.EqualFunc(found, s.clusters, func(a, b publishedCluster) bool { return a.Cluster == b.Cluster })
 	if same {
 		return nil, next
 	}
-	s.dests, s.clusters = dests, found
+	s.dests, s.clusters, s.callers = dests, found, callers
 	return s.table(), next
 }
 
@@ -382,7 +410,7 @@ func (s *store) candidateDestination(key string, old publishedDestination, had b
 		return d, true // nothing in force can be out of date
 	}
 	generation, version := [2]uint64{l.generation, 0}, l.version
-	out := table.Destination{Key: key, Protocol: l.listener.protocol, Routes: l.listener.inline, Cluster: l.listener.cluster, ServerNames: l.listener.serverNames}
+	out := table.Destination{Key: key, Service: cmp.Or(l.listener.service, key), Protocol: l.listener.protocol, Routes: l.listener.inline, Cluster: l.listener.cluster, ServerNames: l.listener.serverNames}
 	settled = true
 	switch {
 	case l.missing:
@@ -456,6 +484,10 @@ func (s *store) table() *table.Table {
 		t.Clusters[name] = c.Cluster
 		_, _ = fmt.Fprintf(h, "c\x00%s\x00%s\x00", name, c.version)
 	}
+	if s.callers.Inbound != nil {
+		t.Inbound = s.callers.Inbound
+		_, _ = fmt.Fprintf(h, "i\x00%s\x00", s.callers.version)
+	}
 	t.Version = hex.EncodeToString(h.Sum(nil)[:8])
 	return t
 }
@@ -463,6 +495,9 @@ func (s *store) table() *table.Table {
 // allAnswered reports whether the wanted destinations are published, or their
 // configuration was rejected, which the control plane has been told.
 func (s *store) allAnswered() bool {
+	if l := s.res[listeners][s.inbound]; s.inbound != "" && (l == nil || !l.answered && l.rejected == "") {
+		return false
+	}
 	for key := range s.wanted {
 		if _, ok := s.dests[key]; ok {
 			continue

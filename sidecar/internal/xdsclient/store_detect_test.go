@@ -44,7 +44,7 @@ func TestStoreFollowsEveryReference(t *testing.T) {
 		want     string
 	}{
 		{"auto", auto, true, []string{"requests", "bytes"}, "auto to bytes, routes to [requests], names []"},
-		{"tls", byName, false, []string{"named", "rest"}, "tls to rest, routes to [], names [{*.example [{named 1}]}]"},
+		{"tls", byName, false, []string{"named", "rest"}, "tls to rest, routes to [], names [{*.example [{Cluster:named Weight:1}]}]"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := newStore(false)
@@ -85,7 +85,11 @@ func TestStoreFollowsEveryReference(t *testing.T) {
 			if d.Routes != nil {
 				to = refs(d.Routes)
 			}
-			if got := fmt.Sprintf("%s to %s, routes to %v, names %v", d.Protocol, d.Cluster, to, d.ServerNames); got != c.want {
+			names := []string{}
+			for _, n := range d.ServerNames {
+				names = append(names, fmt.Sprintf("{%s %s}", n.Name, weighted(n.Clusters)))
+			}
+			if got := fmt.Sprintf("%s to %s, routes to %v, names %s", d.Protocol, d.Cluster, to, names); got != c.want {
 				t.Errorf("got  %s\nwant %s", got, c.want)
 			}
 		})
