@@ -22,13 +22,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
-
-	"github.com/outrigger-mesh/outrigger/deploy/testbed"
 )
-
-var server *testbed.Server
-
-func TestMain(m *testing.M) { testbed.Main(m, func(s *testbed.Server) { server = s }) }
 
 // rig is a real API server and a namespace for one installation. Tests that use
 // it do not run at the same time: the names of an installation are the
