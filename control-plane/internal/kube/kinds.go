@@ -58,7 +58,7 @@ const (
 
 // kinds are all that are watched.
 func kinds() []kind {
-	core, gateway, own := corev1.SchemeGroupVersion, gatewayv1.SchemeGroupVersion, v1alpha1.GroupVersion()
+	core, gateway, own := corev1.SchemeGroupVersion, schema.GroupVersion(gatewayv1.GroupVersion), v1alpha1.GroupVersion()
 	return []kind{
 		{
 			gvk: core.WithKind("Service"), resource: "services", mesh: true, object: func() client.Object { return &corev1.Service{} },
@@ -175,9 +175,9 @@ func trimMeta(o client.Object) {
 	o.SetManagedFields(nil)
 	o.SetFinalizers(nil)
 	o.SetSelfLink("")
-	o.SetGenerateName("")
-	if _, pod := o.(*corev1.Pod); !pod {
+	if _, pod := o.(*corev1.Pod); !pod { // of a pod they name the workload
 		o.SetOwnerReferences(nil)
+		o.SetGenerateName("")
 	}
 	ours := maps.Clone(o.GetAnnotations())
 	maps.DeleteFunc(ours, func(name, _ string) bool {
