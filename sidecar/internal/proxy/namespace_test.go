@@ -29,6 +29,8 @@ import (
 // user, beside it; and a peer, in a namespace behind a veth, which has the
 // addresses of everybody else.
 const (
+	// lostEnv has the rules made for another user than the sidecar's.
+	lostEnv = "OUTRIGGER_TEST_LOST"
 	roleEnv = "OUTRIGGER_TEST_ROLE" // pod: the test in its namespace; app and peer: the others
 
 	podIPv4, podIPv6 = "10.1.0.2", "fd01::2"
@@ -51,13 +53,26 @@ func TestMain(m *testing.M) {
 
 // TestCapture runs the tests of capture in a namespace.
 func TestCapture(t *testing.T) {
+	inNamespace(t, "^TestPod", "--- PASS: TestPodServiceCall")
+}
+
+// Rules that redirect the sidecar's own connections would have it call itself for
+// ever.
+func TestCaptureByTheWrongUser(t *testing.T) {
+	t.Setenv(lostEnv, "1")
+	inNamespace(t, "^TestLost", "--- PASS: TestLostSidecarSaysSoAndDoesNotCallItselfForEver")
+}
+
+// inNamespace runs other tests of this program in a network namespace.
+func inNamespace(t *testing.T, tests, passed string) {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("SKIPPED: a network namespace needs root: nothing of capture was tested")
 	}
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Skip("SKIPPED: there is no program ip: nothing of capture was tested")
 	}
-	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestPod", "-test.v", "-test.timeout=300s")
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run="+tests, "-test.v", "-test.timeout=300s")
 	cmd.Env = append(os.Environ(), roleEnv+"=pod")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	out, err := cmd.CombinedOutput()
@@ -67,7 +82,7 @@ func TestCapture(t *testing.T) {
 	if strings.Contains(string(out), noRules) {
 		t.Skip("SKIPPED: " + noRules + ": nothing of capture was tested")
 	}
-	if err != nil || !strings.Contains(string(out), "--- PASS: TestPodServiceCall") {
+	if err != nil || !strings.Contains(string(out), passed) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	if testing.Verbose() {
@@ -343,7 +358,11 @@ ip link set peer0 up`}); err != nil {
 	if err := peer.out.Decode(&r); err != nil || r.Err != "" {
 		return nil, fmt.Errorf("peer: %w %s", err, r.Err)
 	}
-	if err := redirect(os.Getuid()); err != nil {
+	uid := os.Getuid()
+	if os.Getenv(lostEnv) != "" {
+		uid = 1337
+	}
+	if err := redirect(uid); err != nil {
 		fmt.Println(noRules+":", err)
 		return nil, err
 	}

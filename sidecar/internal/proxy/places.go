@@ -40,13 +40,13 @@ type places struct {
 }
 
 // take is the place of to, for one connection, which leave ends. Nil where there
-// is no room.
-func (ps *places) take(to netip.AddrPort, now time.Time) *place {
+// is no room; what is always served has room.
+func (ps *places) take(to netip.AddrPort, always bool, now time.Time) *place {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	pl := ps.m[to]
 	if pl == nil {
-		if len(ps.m) >= ps.max && !ps.evict() {
+		if len(ps.m) >= ps.max && !ps.evict() && !always {
 			return nil
 		}
 		pl = &place{to: to, key: to.String()}
