@@ -193,8 +193,8 @@ func pauseMain(t *testing.T) {
 	gone := make(chan error, 1)
 	go func() { gone <- app.Wait() }()
 	select {
-	case <-ended:
-		t.Fatal("it ended while the application ran")
+	case err := <-ended:
+		t.Fatalf("it ended while the application ran: %v", err)
 	case err := <-gone:
 		if err != nil {
 			t.Fatal(err)

@@ -276,6 +276,9 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		return capturing(captor, current.Load(), cfg.Config)
 	}
 	operators.Ready = ready
+	if captor != nil {
+		operators.Captured = func() any { return captor.Captured() }
+	}
 	if len(cfg.probes) > 0 {
 		at := cfg.Addresses[0] // as kubelet takes status.podIP
 		operators.Probes = admin.NewProbes(cfg.probes, at, proxy.SourceFor(at))

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -66,9 +67,10 @@ func TestProbesDoWhatKubeletWouldDo(t *testing.T) {
 	g, states := grpc.NewServer(), health.NewServer()
 	states.SetServingStatus("pay", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	grpc_health_v1.RegisterHealthServer(g, states)
-	served := make(chan error, 1)
-	go func() { served <- g.Serve(l) }()
-	defer func() { g.Stop(); <-served }()
+	var served sync.WaitGroup
+	served.Go(func() { _ = g.Serve(l) })
+	defer served.Wait()
+	defer g.Stop()
 
 	http1, https, rpc := portOf(t, plain.URL), portOf(t, secure.URL), portOf(t, l.Addr().String())
 	at := func(path string) bootstrap.Probe {

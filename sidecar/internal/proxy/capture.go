@@ -132,6 +132,9 @@ func (cp *Capture) Restore(keys []string) {
 	}
 }
 
+// Captured is what the application calls, by address.
+func (cp *Capture) Captured() []CapturedDestination { return cp.called.list() }
+
 // Redirected says why the pod's traffic is not known to be redirected here; nil
 // when it is.
 func (cp *Capture) Redirected() error {

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/mtls/mtlstest"
@@ -247,6 +249,13 @@ func TestPodServiceCall(t *testing.T) {
 		if n := c.world.times(vip); n != 1 {
 			t.Errorf("%s was asked for %d times", vip, n)
 		}
+	}
+	var captured []string
+	for _, d := range c.capture.Captured() {
+		captured = append(captured, fmt.Sprintf("%s is %s", d.Address, d.Service))
+	}
+	if diff := cmp.Diff([]string{"10.96.0.10:80 is shop/four:80", "[fd96::10]:80 is shop/six:80"}, captured); diff != "" {
+		t.Error(diff)
 	}
 	// By name and port the metrics know the service, whatever address was called.
 	c.counts("outrigger_request_attempts_total", "four.shop.svc original 2;four.shop.svc retry 0;six.shop.svc original 2;six.shop.svc retry 0;")

@@ -2,14 +2,12 @@ package proxy_test
 
 import (
 	"bufio"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -19,9 +17,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"go.uber.org/goleak"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener/redirecttest"
 )
 
 // The tests of capture run in a network namespace of their own, with real rules
@@ -160,11 +158,7 @@ func hands(role string) error {
 	}
 	clients, conns := map[string]*http.Client{}, map[string]net.Conn{}
 	in, out := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)
-	for {
-		var o order
-		if err := in.Decode(&o); err != nil {
-			return nil // the test has ended
-		}
+	for o := (order{}); in.Decode(&o) == nil; o = (order{}) { // until the test has ended
 		began := time.Now()
 		r := obey(&o, clients, conns)
 		r.Took = time.Since(began)
@@ -172,6 +166,7 @@ func hands(role string) error {
 			return err
 		}
 	}
+	return nil
 }
 
 func obey(o *order, clients map[string]*http.Client, conns map[string]net.Conn) (r report) {
@@ -256,7 +251,6 @@ func obey(o *order, clients map[string]*http.Client, conns map[string]net.Conn) 
 
 // other is another process.
 type other struct {
-	t   testing.TB
 	in  *json.Encoder
 	out *json.Decoder
 }
@@ -362,60 +356,10 @@ ip link set peer0 up`}); err != nil {
 	if os.Getenv(lostEnv) != "" {
 		uid = 1337
 	}
-	if err := redirect(uid); err != nil {
+	if err := redirecttest.Set(uid); err != nil {
 		fmt.Println(noRules+":", err)
 		return nil, err
 	}
 	app, _, err := startOther("app", 0)
 	return &pod{app, peer}, err
-}
-
-// redirect sets the rules that netinit sets, where the proxy's user is uid.
-func redirect(uid int) error {
-	nft, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	family := func(f nftables.TableFamily, source, loopback netip.Prefix, from, to, size uint32) {
-		table := nft.AddTable(&nftables.Table{Family: f, Name: "outrigger"})
-		chain := func(name string, hook *nftables.ChainHook) *nftables.Chain {
-			return nft.AddChain(&nftables.Chain{Table: table, Name: name, Type: nftables.ChainTypeNAT, Hooknum: hook, Priority: nftables.ChainPriorityNATDest})
-		}
-		meta := func(key expr.MetaKey, want []byte) []expr.Any {
-			return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: want}}
-		}
-		address := func(offset uint32, op expr.CmpOp, p netip.Prefix) []expr.Any {
-			mask := net.CIDRMask(p.Bits(), int(size)*8)
-			return []expr.Any{
-				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size},
-				&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: size, Mask: mask, Xor: make([]byte, size)},
-				&expr.Cmp{Op: op, Register: 1, Data: p.Addr().AsSlice()},
-			}
-		}
-		leave := []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}
-		redirectTo := func(port uint16) []expr.Any {
-			return []expr.Any{&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, port)}, &expr.Redir{RegisterProtoMin: 1}}
-		}
-		tcp := meta(expr.MetaKeyL4PROTO, []byte{syscall.IPPROTO_TCP})
-		lo := meta(expr.MetaKeyOIFNAME, append([]byte("lo"), make([]byte, 14)...))
-		proxy := meta(expr.MetaKeySKUID, binary.NativeEndian.AppendUint32(nil, uint32(uid)))
-		add := func(c *nftables.Chain, parts ...[]expr.Any) {
-			var all []expr.Any
-			for _, p := range parts {
-				all = append(all, p...)
-			}
-			nft.AddRule(&nftables.Rule{Table: table, Chain: c, Exprs: all})
-		}
-		output := chain("output", nftables.ChainHookOutput)
-		add(output, lo, address(from, expr.CmpOpEq, source), leave)
-		add(output, tcp, lo, proxy, address(to, expr.CmpOpNeq, loopback), redirectTo(15006))
-		add(output, lo, leave)
-		add(output, proxy, leave)
-		add(output, address(to, expr.CmpOpEq, loopback), leave)
-		add(output, tcp, redirectTo(15001))
-		add(chain("prerouting", nftables.ChainHookPrerouting), tcp, redirectTo(15006))
-	}
-	family(nftables.TableFamilyIPv4, netip.MustParsePrefix("127.0.0.6/32"), netip.MustParsePrefix("127.0.0.0/8"), 12, 16, 4)
-	family(nftables.TableFamilyIPv6, netip.MustParsePrefix("::6/128"), netip.MustParsePrefix("::1/128"), 8, 24, 16)
-	return nft.Flush()
 }

@@ -222,9 +222,9 @@ func httpRBAC(field string, a *anypb.Any) (*authz.Policy, error) {
 
 // decodeRBAC makes a policy of the RBAC filters of a chain, in their order; none
 // is no policy.
-func decodeRBAC(filters []*anypb.Any) (*authz.Policy, error) {
+func decodeRBAC(filters []*anypb.Any) (*authz.Policy, error) { //nolint:unparam // a policy cannot be said yet
 	if len(filters) > 0 {
 		return nil, errors.New("RBAC is not supported")
 	}
-	return nil, nil //nolint:nilnil // everybody may call
+	return nil, nil // everybody may call
 }
