@@ -8,7 +8,6 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -67,10 +66,14 @@ func TestProbesDoWhatKubeletWouldDo(t *testing.T) {
 	g, states := grpc.NewServer(), health.NewServer()
 	states.SetServingStatus("pay", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	grpc_health_v1.RegisterHealthServer(g, states)
-	var served sync.WaitGroup
-	served.Go(func() { _ = g.Serve(l) })
-	defer served.Wait()
-	defer g.Stop()
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(l) }()
+	defer func() {
+		g.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}()
 
 	http1, https, rpc := portOf(t, plain.URL), portOf(t, secure.URL), portOf(t, l.Addr().String())
 	at := func(path string) bootstrap.Probe {
