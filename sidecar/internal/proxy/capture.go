@@ -431,6 +431,13 @@ func (cp *Capture) check(ctx context.Context) {
 func (cp *Capture) checkOne(ctx context.Context, to netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
+	// Binding is enough to see that the address is there.
+	var binder net.ListenConfig
+	source, err := binder.ListenPacket(ctx, "udp", netip.AddrPortFrom(SourceFor(to.Addr()), 0).String())
+	if err != nil {
+		return fmt.Errorf("the address from which the application is called is not there: %w: has netinit run, which adds it to lo?", err)
+	}
+	_ = source.Close()
 	var dialer net.Dialer
 	c, err := dialer.DialContext(ctx, "tcp", to.String())
 	if err != nil {
