@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -135,54 +136,53 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	loop := rebuild.New(rebuild.Options{
 		Source: source, Publisher: server, TrustDomain: s.trustDomain, Log: log, Registry: registry,
 	})
-	var issuer *authority.Authority
-	if s.authorityDir != "" || s.xdsTLSAddress != "" {
-		if issuer, err = s.authority(ctx, cluster, log, registry); err != nil {
-			return err
-		}
-	}
-	if issuer != nil && cluster != nil {
-		roots := cluster.DistributeRoots(issuer.Bundle, func(ctx context.Context) error { _, err := issuer.Reload(ctx); return err })
-		issuer.OnChange(roots.Changed)
-	}
-
 	bound, err := s.listen(ctx)
 	if err != nil {
 		return err
 	}
-	var secure []discovery.Secure
-	if bound.xdsTLS != nil {
-		secure = append(secure, discovery.Secure{
-			Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
-		})
-	}
 	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config, "host.name", s.podName,
-		"outrigger.xds_address", bound.address(bound.xds), "outrigger.xds_tls_address", bound.address(bound.xdsTLS),
-		"outrigger.admin_address", bound.address(bound.admin), "outrigger.health_address", bound.address(bound.health))
+		"outrigger.xds_address", address(bound.xds), "outrigger.xds_tls_address", address(bound.xdsTLS),
+		"outrigger.admin_address", address(bound.admin), "outrigger.health_address", address(bound.health))
 
-	var group run.Group
-	add := func(execute func(context.Context) error) {
-		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		group.Add(func() error { return execute(ctx) }, func(error) { cancel() })
-	}
-	// The first to end ends all: the signal, or whichever part fails.
-	{
-		ctx, cancel := context.WithCancel(ctx)
-		group.Add(func() error { <-ctx.Done(); return nil }, func(error) { cancel() })
-	}
 	shown := window(log, registry, ready(cluster, loop), loop, server)
-	add(func(ctx context.Context) error { return program.Serve(ctx, bound.admin, admin.Handler(shown), log) })
+	parts := []part{
+		func(ctx context.Context) error { return program.Serve(ctx, bound.admin, admin.Handler(shown), log) },
+		func(ctx context.Context) error { return s.work(ctx, cluster, server, loop, bound, log, registry) },
+	}
 	if bound.health != nil {
-		add(func(ctx context.Context) error { return program.Serve(ctx, bound.health, health(shown), log) })
+		parts = append(parts, func(ctx context.Context) error { return program.Serve(ctx, bound.health, health(shown), log) })
 	}
-	add(func(ctx context.Context) error { return server.Serve(ctx, bound.xds, secure...) })
-	if issuer != nil {
-		add(issuer.Run)
+	err = together(ctx, parts...)
+	log.Info("control plane stopped")
+	return err
+}
+
+// work opens the authority, which may have to wait for the API server, and serves
+// until ctx ends.
+func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *discovery.Server, loop *rebuild.Loop, bound listeners, log *slog.Logger, registry prometheus.Registerer) error {
+	var parts []part
+	var secure []discovery.Secure
+	if s.authorityDir != "" || bound.xdsTLS != nil {
+		issuer, err := s.authority(ctx, cluster, log, registry)
+		if err != nil {
+			return errors.Join(err, bound.xds.Close(), closed(bound.xdsTLS))
+		}
+		parts = append(parts, issuer.Run)
+		if bound.xdsTLS != nil {
+			secure = append(secure, discovery.Secure{
+				Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
+			})
+		}
+		if cluster != nil {
+			roots := cluster.DistributeRoots(issuer.Bundle, func(ctx context.Context) error { _, err := issuer.Reload(ctx); return err })
+			issuer.OnChange(roots.Changed)
+		}
 	}
+	parts = append(parts, func(ctx context.Context) error { return server.Serve(ctx, bound.xds, secure...) })
 	if cluster != nil {
-		add(cluster.Run)
+		parts = append(parts, cluster.Run)
 	}
-	add(func(ctx context.Context) error {
+	parts = append(parts, func(ctx context.Context) error {
 		// What is built from half of the objects takes services from those who use
 		// them.
 		if cluster != nil && !cluster.Source().WaitSynced(ctx) {
@@ -190,9 +190,25 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		}
 		return loop.Run(ctx)
 	})
-	err = group.Run()
-	log.Info("control plane stopped")
-	return err
+	return together(ctx, parts...)
+}
+
+// part runs until its context ends.
+type part = func(context.Context) error
+
+// together runs the parts until ctx ends. The first to end ends all: the signal,
+// or whichever part fails.
+func together(ctx context.Context, parts ...part) error {
+	var group run.Group
+	{
+		ctx, cancel := context.WithCancel(ctx)
+		group.Add(func() error { <-ctx.Done(); return nil }, func(error) { cancel() })
+	}
+	for _, p := range parts {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		group.Add(func() error { return p(ctx) }, func(error) { cancel() })
+	}
+	return group.Run()
 }
 
 // cluster connects where the settings say so; else it is nil.
@@ -233,11 +249,18 @@ func (s settings) folder(log *slog.Logger) (*manifests.Source, error) {
 // listeners are what is bound; nil where it is not asked for.
 type listeners struct{ xds, xdsTLS, admin, health net.Listener }
 
-func (listeners) address(l net.Listener) string {
+func address(l net.Listener) string {
 	if l == nil {
 		return ""
 	}
 	return l.Addr().String()
+}
+
+func closed(l net.Listener) error {
+	if l == nil {
+		return nil
+	}
+	return l.Close()
 }
 
 // listen binds all addresses, or none.
@@ -288,8 +311,17 @@ func (s settings) authority(ctx context.Context, cluster *kube.Cluster, log *slo
 		}
 	}
 	if cluster != nil {
-		o.Names = append(o.Names, kube.ServiceNames(service, s.namespace)...)
+		for _, n := range kube.ServiceNames(service, s.namespace) {
+			if !slices.Contains(o.Names, n) {
+				o.Names = append(o.Names, n)
+			}
+		}
 		o.Verifier = cluster.TokenVerifier(s.trustDomain)
+		if s.authorityDir == "" {
+			if err := cluster.Reach(ctx); err != nil {
+				return nil, err
+			}
+		}
 	}
 	a, err := authority.Open(ctx, o)
 	if err != nil {
@@ -422,41 +454,6 @@ type problemsReport struct {
 	Version  string    `json:"version"`
 	Problems []problem `json:"problems"`
 	Parity   []parity  `json:"parity"`
-}
-
-// parity says what each data plane makes of a policy where it applies.
-type parity struct {
-	Kind   string           `json:"kind"`
-	Policy string           `json:"policy"`
-	Target string           `json:"target"`
-	Notes  []xds.ParityNote `json:"notes"`
-}
-
-func parityOf(m *mesh.Mesh) []parity {
-	out := []parity{}
-	for _, s := range m.Services {
-		for _, p := range s.Ports {
-			key := mesh.Key(s.Namespace, s.Name, p.Number)
-			if notes := xds.MTLSParity(p); notes != nil {
-				workloads := map[string]bool{}
-				for _, e := range p.Endpoints {
-					if e.MTLS && !workloads[e.Workload] {
-						workloads[e.Workload] = true
-						out = append(out, parity{"Workload", s.Namespace + "/" + e.Workload, key, notes})
-					}
-				}
-			}
-			if p.Breaker != nil {
-				out = append(out, parity{"CircuitBreaker", p.Breaker.Policy, key, xds.BreakerParity(p.Breaker)})
-			}
-			for _, r := range p.Routes {
-				if r.Retry.Policy != "" && r.Retry.Policy != "default" {
-					out = append(out, parity{"RetryPolicy", r.Retry.Policy, key + " " + r.Name, xds.RetryParity(r.Retry)})
-				}
-			}
-		}
-	}
-	return out
 }
 
 func dump(sets map[xds.DataPlane]*xds.Set) (map[xds.DataPlane]map[string][]xds.DumpedResource, error) {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -79,7 +80,7 @@ func netinit(t *testing.T, pod *netnstest.Space, attr *syscall.SysProcAttr, env 
 	var err error
 	pod.Do(func() {
 		cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
-		cmd.Env = append(os.Environ(), envMain+"=1", envDeny+"="+env)
+		cmd.Env = append(os.Environ(), envMain+"=1", envDeny+"="+env, "GORACE=atexit_sleep_ms=0")
 		cmd.SysProcAttr = attr
 		out, err = cmd.CombinedOutput()
 	})
@@ -135,6 +136,24 @@ func TestWithoutCapability(t *testing.T) {
 	}
 	if code, out := netinit(t, pod, user, "", "--check"); code != 0 || !strings.Contains(out, `"outrigger.checked":1`) {
 		t.Errorf("%d\n%s", code, out)
+	}
+}
+
+// As the injector's init container is: root with one capability and no other.
+func TestOneCapabilityIsEnough(t *testing.T) {
+	if _, err := exec.LookPath("setpriv"); err != nil {
+		t.Skip("SKIPPED: there is no setpriv: install util-linux")
+	}
+	pod, _ := netnstest.Pair(t, true)
+	var out []byte
+	var err error
+	pod.Do(func() {
+		cmd := exec.CommandContext(t.Context(), "setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_admin", "--", "/proc/"+strconv.Itoa(os.Getpid())+"/exe", "--exclude-outbound-ports=80")
+		cmd.Env = append(os.Environ(), envMain+"=1", "GORACE=atexit_sleep_ms=0")
+		out, err = cmd.CombinedOutput()
+	})
+	if err != nil || !bytes.Contains(out, []byte(`"outrigger.checked":2`)) || !bytes.Contains(out, []byte(`"outrigger.ipv6":true`)) {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 

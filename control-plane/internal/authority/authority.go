@@ -68,6 +68,8 @@ const (
 	// warnBefore a link of the chain expires the log says so, every warnEvery.
 	warnBefore = 30 * 24 * time.Hour
 	warnEvery  = 6 * time.Hour
+	// complainEvery is how often the log may say that the files cannot be read.
+	complainEvery = time.Minute
 )
 
 // Reason says in one word why something was refused, for the metric.
@@ -149,8 +151,8 @@ type Authority struct {
 
 	current atomic.Pointer[keys]
 
-	changedMu sync.Mutex
-	changed   []func()
+	reloading sync.Mutex // so that what was read last is in force
+	changed   []func()   // guarded by reloading
 
 	mu       sync.Mutex
 	own      *tls.Certificate // the control plane's
@@ -232,6 +234,8 @@ func (a *Authority) create(ctx context.Context) error {
 // Reload reads the files again and reports whether something has changed. On an
 // error what was before stays in force.
 func (a *Authority) Reload(ctx context.Context) (changed bool, err error) {
+	a.reloading.Lock()
+	defer a.reloading.Unlock()
 	files, err := a.o.Store.Load(ctx)
 	if err != nil {
 		return false, fmt.Errorf("authority: %s: %w", a.o.Store, err)
@@ -240,7 +244,8 @@ func (a *Authority) Reload(ctx context.Context) (changed bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("authority: %s: %w", a.o.Store, err)
 	}
-	if old := a.current.Load(); old != nil && old.digest == k.digest {
+	old := a.current.Load()
+	if old != nil && old.digest == k.digest {
 		return false, nil
 	}
 	a.current.Store(k)
@@ -248,8 +253,9 @@ func (a *Authority) Reload(ctx context.Context) (changed bool, err error) {
 	for name, c := range k.links() {
 		a.metrics.links.WithLabelValues(name).Set(float64(c.NotAfter.Unix()))
 	}
-	a.changedMu.Lock()
-	defer a.changedMu.Unlock()
+	if old != nil {
+		a.log.Info("the authority's files have changed", "issuer", fingerprint(k.issuer), "roots", len(k.roots))
+	}
 	for _, f := range a.changed {
 		f()
 	}
@@ -257,10 +263,11 @@ func (a *Authority) Reload(ctx context.Context) (changed bool, err error) {
 }
 
 // OnChange has f called, from whichever goroutine reloads, after the keys or the
-// roots have changed. f must return at once.
+// roots have changed. f must return at once and call nothing of
+// the Authority that reloads.
 func (a *Authority) OnChange(f func()) {
-	a.changedMu.Lock()
-	defer a.changedMu.Unlock()
+	a.reloading.Lock()
+	defer a.reloading.Unlock()
 	a.changed = append(a.changed, f)
 }
 
@@ -287,7 +294,7 @@ func fingerprint(c *x509.Certificate) string {
 func (a *Authority) Run(ctx context.Context) error {
 	tick := time.NewTicker(reloadEvery)
 	defer tick.Stop()
-	var warned time.Time
+	var warned, complained time.Time
 	said := ""
 	for {
 		if now := a.now(); now.Sub(warned) >= warnEvery {
@@ -306,12 +313,14 @@ func (a *Authority) Run(ctx context.Context) error {
 		switch changed, err := a.Reload(ctx); {
 		case ctx.Err() != nil:
 			return nil
-		case err != nil && err.Error() != said:
-			said = err.Error()
+		case err != nil && err.Error() != said && a.now().Sub(complained) >= complainEvery:
+			said, complained = err.Error(), a.now()
 			a.log.Warn("the authority's files cannot be used as they are; what was before stays in force", "error.message", said)
+		case err != nil:
 		case changed:
 			said, warned = "", time.Time{}
-			a.log.Info("the authority's files have changed", "issuer", fingerprint(a.current.Load().issuer), "roots", len(a.current.Load().roots))
+		default:
+			said = ""
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -13,6 +14,7 @@ import (
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -21,6 +23,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/authority"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/kube"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 )
 
 // token asks the API server for one of a service account, bound to a pod where
@@ -239,6 +242,37 @@ func distribute(t *testing.T) *distributor {
 	return d
 }
 
+// Two replicas that do not have the same roots do not write without end.
+func TestRootsInDispute(t *testing.T) {
+	one, two := distribute(t), distribute(t)
+	two.bundle = "ROOT 2\n"
+	two.ns = one.ns
+	m := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: one.ns}}
+	change(t, one.rig, m, func(n *corev1.Namespace) { n.Labels = map[string]string{kube.LabelInjection: kube.Enabled} })
+	for _, d := range []*distributor{one, two} {
+		d.start()
+		d.wait(t)
+	}
+	repairs := func() float64 {
+		return one.metric(t, "outrigger_kube_roots_total", "result=repaired") + two.metric(t, "outrigger_kube_roots_total", "result=repaired")
+	}
+	began := time.Now()
+	eventually(t, func() string {
+		if n := repairs(); n < 4 {
+			return fmt.Sprint(n, " repairs")
+		}
+		return ""
+	})
+	if took := time.Since(began); took < 2*time.Second {
+		t.Errorf("4 repairs in %s", took)
+	}
+	two.mu.Lock()
+	two.bundle = "ROOT 1\n" // it has heard
+	two.mu.Unlock()
+	two.roots.Changed()
+	eventually(t, func() string { return one.holds(t, one.ns, "ROOT 1\n") })
+}
+
 // holds says what is wrong with the roots of a namespace.
 func (r *rig) holds(t *testing.T, namespace, want string) string {
 	t.Helper()
@@ -329,4 +363,73 @@ func TestRootsAreKept(t *testing.T) {
 			t.Error(said)
 		}
 	}
+}
+
+// The role that the package asks for suffices, for all of it.
+func TestTheRoleSuffices(t *testing.T) {
+	verbs := func(v ...string) []string { return v }
+	read := verbs("get", "list", "watch")
+	rules := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"services", "pods", "namespaces"}, Verbs: read},
+		{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: read},
+		{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"httproutes", "grpcroutes", "tlsroutes", "referencegrants"}, Verbs: read},
+		{APIGroups: []string{"outrigger.dev"}, Resources: []string{"circuitbreakers", "retrypolicies", "authorizationpolicies"}, Verbs: read},
+		{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: verbs("create")},
+		{APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: verbs("create")},
+		{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{kube.RootsConfigMap}, Verbs: verbs("get", "list", "watch", "update")},
+	}
+	own := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"secrets"}, Verbs: verbs("create")},
+		{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{kube.AuthoritySecret}, Verbs: verbs("get", "update")},
+	}
+	const account = "system:serviceaccount:test:control-plane"
+	r := prepare(t, func(c *rest.Config) {
+		c.Impersonate = rest.ImpersonationConfig{UserName: account, Groups: []string{"system:serviceaccounts", "system:authenticated"}}
+	})
+	subjects := []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: account}}
+	r.create(t,
+		&rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: r.ns}, Rules: rules},
+		&rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: r.ns}, Subjects: subjects, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: r.ns}},
+		&rbacv1.Role{ObjectMeta: r.meta("own"), Rules: own},
+		&rbacv1.RoleBinding{ObjectMeta: r.meta("own"), Subjects: subjects, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "own"}},
+	)
+	var a *authority.Authority
+	eventually(t, func() string { // the API server learns of roles a moment later
+		var err error
+		if a, err = authority.Open(t.Context(), authority.Options{
+			Store: r.Secret(), TrustDomain: "example.org", Verifier: r.TokenVerifier("example.org"), Log: slog.New(slog.DiscardHandler),
+		}); err != nil {
+			return err.Error()
+		}
+		return ""
+	})
+	roots := r.DistributeRoots(a.Bundle, func(ctx context.Context) error { _, err := a.Reload(ctx); return err })
+	a.OnChange(roots.Changed)
+	r.start()
+	r.wait(t)
+	if _, problems := r.Source().Load(); slices.ContainsFunc(problems, func(p translate.Problem) bool { return p.Reason == kube.ReasonForbidden }) {
+		t.Errorf("%v", problems)
+	}
+	pod := r.pod("payments-1", "payments")
+	pod.Labels = map[string]string{kube.LabelInjection: kube.Enabled}
+	r.create(t, &corev1.ServiceAccount{ObjectMeta: r.meta("payments")}, pod)
+	if id, err := r.TokenVerifier("example.org").Verify(t.Context(), r.token(t, "payments", pod, kube.Audience)); err != nil || id.ServiceAccount != "payments" {
+		t.Errorf("%v, %v", id, err)
+	}
+	eventually(t, func() string { return r.holds(t, r.ns, string(a.Bundle())) })
+	old, err := r.Secret().Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, _, err := authority.Rotate(old, "example.org", time.Hour, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Secret().Replace(t.Context(), old, next); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Reload(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() string { return r.holds(t, r.ns, string(next["root.crt"])) })
 }

@@ -48,6 +48,9 @@ func (s *Source) run(ctx context.Context) {
 	for {
 		for _, t := range s.lookFor(ctx) {
 			if err := s.start(ctx, t, &wg); err != nil {
+				s.mu.Lock()
+				t.state = unknown // again
+				s.mu.Unlock()
 				s.c.log.Error("a kind cannot be read", "outrigger.object.kind", t.gvk.Kind, "error.message", err.Error())
 			}
 		}

@@ -58,7 +58,7 @@ const (
 
 // kinds are all that are watched.
 func kinds() []kind {
-	core, gateway, own := corev1.SchemeGroupVersion, gatewayv1.SchemeGroupVersion, v1alpha1.GroupVersion()
+	core, gateway, own := corev1.SchemeGroupVersion, schema.GroupVersion(gatewayv1.GroupVersion), v1alpha1.GroupVersion()
 	return []kind{
 		{
 			gvk: core.WithKind("Service"), resource: "services", mesh: true, object: func() client.Object { return &corev1.Service{} },
@@ -101,6 +101,10 @@ func kinds() []kind {
 		{
 			gvk: gateway.WithKind("TLSRoute"), resource: "tlsroutes", custom: true, mesh: true, object: func() client.Object { return &gatewayv1.TLSRoute{} },
 			trim: trim(func(*gatewayv1.TLSRoute) {}), essence: essence(func(r *gatewayv1.TLSRoute) { r.Status = gatewayv1.TLSRouteStatus{} }),
+		},
+		{
+			gvk: gateway.WithKind("ReferenceGrant"), resource: "referencegrants", custom: true, mesh: true, object: func() client.Object { return &gatewayv1.ReferenceGrant{} },
+			trim: trim(func(*gatewayv1.ReferenceGrant) {}), essence: essence(func(*gatewayv1.ReferenceGrant) {}),
 		},
 		{
 			gvk: own.WithKind("CircuitBreaker"), resource: "circuitbreakers", custom: true, mesh: true, object: func() client.Object { return &v1alpha1.CircuitBreaker{} },
@@ -175,9 +179,9 @@ func trimMeta(o client.Object) {
 	o.SetManagedFields(nil)
 	o.SetFinalizers(nil)
 	o.SetSelfLink("")
-	o.SetGenerateName("")
-	if _, pod := o.(*corev1.Pod); !pod {
+	if _, pod := o.(*corev1.Pod); !pod { // of a pod they name the workload
 		o.SetOwnerReferences(nil)
+		o.SetGenerateName("")
 	}
 	ours := maps.Clone(o.GetAnnotations())
 	maps.DeleteFunc(ours, func(name, _ string) bool {

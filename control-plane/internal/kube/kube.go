@@ -15,6 +15,18 @@
 //   - A kind may not be read: a Problem says so, and where it has never been read,
 //     the cluster does not count as synced, because what cannot be read may forbid
 //     something.
+//
+// What its role must allow:
+//
+//   - everywhere: get, list and watch services, pods, namespaces, endpointslices
+//     (discovery.k8s.io), httproutes, grpcroutes, tlsroutes and referencegrants
+//     (gateway.networking.k8s.io), circuitbreakers, retrypolicies and
+//     authorizationpolicies (outrigger.dev)
+//   - everywhere, to prove pods and to give out roots: create tokenreviews
+//     (authentication.k8s.io); create configmaps; get, list, watch and update
+//     configmaps of the name outrigger-roots
+//   - in its own namespace: create secrets; get and update secrets of the name
+//     outrigger-authority
 package kube
 
 import (
@@ -28,6 +40,7 @@ import (
 
 	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/runtime"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -94,7 +107,7 @@ func Connect(o Options) (*Cluster, error) {
 	config := o.Config
 	if config == nil {
 		var err error
-		if config, err = clientcmd.BuildConfigFromFlags("", o.Kubeconfig); err != nil {
+		if config, err = find(o.Kubeconfig); err != nil {
 			return nil, fmt.Errorf("no way to the API server: %w; in a pod, mount its service account's token; elsewhere, name a kubeconfig", err)
 		}
 	}
@@ -143,6 +156,13 @@ func Connect(o Options) (*Cluster, error) {
 		return nil, fmt.Errorf("a cache of the API server %s: %w", config.Host, err)
 	}
 	return c, nil
+}
+
+func find(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		return rest.InClusterConfig()
+	}
+	return clientcmd.BuildConfigFromFlags("", kubeconfig)
 }
 
 // newScheme knows the types that are read and written.
@@ -235,6 +255,25 @@ func (c *contact) set(err error, now time.Time) (away time.Duration, was bool) {
 	return away, was
 }
 
+// Reach waits until the API server answers, for those who need it before Run. Its
+// error is that of ctx.
+func (c *Cluster) Reach(ctx context.Context) error {
+	var said time.Time
+	for {
+		err := c.ask(ctx)
+		if err == nil || ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if now := time.Now(); now.Sub(said) >= sayAwayEvery {
+			said = now
+			c.log.Warn("the API server cannot be reached; waiting for it", "url.full", c.config.Host, "error.message", err.Error())
+		}
+		if !sleep(ctx, awayEvery) {
+			return ctx.Err()
+		}
+	}
+}
+
 // stayInContact asks for nothing but a sign of life.
 func (c *Cluster) stayInContact(ctx context.Context) {
 	var said time.Time
@@ -283,6 +322,9 @@ func (c *Cluster) ask(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	err := c.discovery.RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
+	if refused(err) || apierrors.IsTooManyRequests(err) {
+		return nil // who refuses is there
+	}
 	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("no answer in %s: %w", requestTimeout, err)
 	}

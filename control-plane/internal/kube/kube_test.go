@@ -23,7 +23,9 @@ import (
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -467,6 +469,31 @@ func TestCRDsComeAndGo(t *testing.T) {
 	if in, _ := r.Source().Load(); len(in.HTTPRoutes) != 1 {
 		t.Errorf("%d routes in force", len(in.HTTPRoutes))
 	}
+	// What went meanwhile is gone when v1 is there again.
+	serve(false)
+	eventually(t, func() string {
+		if r.problem(route.Name) == "" {
+			return "nobody misses v1"
+		}
+		return ""
+	})
+	old := &unstructured.Unstructured{}
+	old.SetGroupVersionKind(schema.GroupVersionKind{Group: gatewayv1.GroupName, Version: "v1beta1", Kind: "HTTPRoute"})
+	old.SetNamespace(r.ns)
+	old.SetName("split")
+	eventually(t, func() string {
+		if err := r.admin.Delete(t.Context(), old); err != nil && !apierrors.IsNotFound(err) {
+			return err.Error()
+		}
+		return ""
+	})
+	serve(true)
+	eventually(t, func() string {
+		if in, _ := r.Source().Load(); len(in.HTTPRoutes) != 0 || r.problem(route.Name) != "" {
+			return fmt.Sprint(len(in.HTTPRoutes), " routes, ", r.problem(route.Name))
+		}
+		return ""
+	})
 }
 
 // Of a pod that which a mesh is made of is kept, and completed pods do not count.
@@ -477,6 +504,7 @@ func TestPodsAreTrimmed(t *testing.T) {
 	pod.Labels = map[string]string{"app": "payments"}
 	pod.Annotations = map[string]string{"outrigger.dev/status": "injected", "example.com/large": strings.Repeat("x", 1000), translate.SourceAnnotation: "forged.yaml:1"}
 	pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "payments", UID: "1", Controller: &yes, BlockOwnerDeletion: &yes}}
+	pod.GenerateName = "payments-5d4f-"
 	pod.Finalizers = []string{"example.com/hold"}
 	pod.Spec.Containers[0].Ports = []corev1.ContainerPort{{Name: "http", ContainerPort: 8080, Protocol: corev1.ProtocolTCP}}
 	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "SECRET", Value: "s3cr3t"}}
@@ -500,7 +528,7 @@ func TestPodsAreTrimmed(t *testing.T) {
 	})
 	want := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: r.ns, Name: "payments-1", UID: pod.UID, ResourceVersion: pod.ResourceVersion, Generation: pod.Generation, CreationTimestamp: pod.CreationTimestamp,
+			Namespace: r.ns, Name: "payments-1", GenerateName: "payments-5d4f-", UID: pod.UID, ResourceVersion: pod.ResourceVersion, Generation: pod.Generation, CreationTimestamp: pod.CreationTimestamp,
 			Labels: map[string]string{"app": "payments"}, Annotations: map[string]string{"outrigger.dev/status": "injected"},
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "payments", Controller: &yes}},
 		},
@@ -703,7 +731,12 @@ func TestWatchTellsOfWhatWasMissed(t *testing.T) {
 // While the API server is away the last state stands and the log says so once;
 // when it is back, what happened is seen without a restart.
 func TestOutage(t *testing.T) {
-	r := run(t)
+	r := prepare(t)
+	libraries := &output{}
+	kube.RouteLogs(slog.New(slog.NewTextHandler(libraries, nil)))
+	t.Cleanup(func() { kube.RouteLogs(slog.New(slog.DiscardHandler)) })
+	r.start()
+	r.wait(t)
 	r.create(t, r.service("before"))
 	has := func(name string) bool {
 		return len(r.Source().LoadServices([]types.NamespacedName{r.name(name)}).Services) == 1
@@ -751,6 +784,9 @@ func TestOutage(t *testing.T) {
 		}
 		return ""
 	})
+	if n := r.log.count("level=WARN") + r.log.count("level=ERROR"); n != 1 || libraries.String() != "" {
+		t.Errorf("%d lines of ours, and of the libraries:\n%s", n, libraries)
+	}
 	if v := r.metric(t, "outrigger_kube_last_contact_timestamp_seconds"); time.Since(time.Unix(int64(v), 0)) > patience {
 		t.Errorf("last contact %v", v)
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -34,6 +35,10 @@ const (
 	// How long a namespace that failed waits.
 	retryAtFirst = 200 * time.Millisecond
 	retryAtMost  = 30 * time.Second
+	// repairEvery is how often one namespace is repaired: while two replicas do not
+	// have the same roots, which a mounted folder may take a minute for, each undoes
+	// what the other does.
+	repairEvery = 3 * time.Second
 )
 
 // Roots keeps RootsConfigMap in each namespace that is meshed. Any number of
@@ -46,8 +51,9 @@ type Roots struct {
 	reload func(context.Context) error
 	queue  workqueue.TypedRateLimitingInterface[string] // of namespaces
 
-	mu      sync.Mutex
-	foreign map[string]bool // of which the log has told
+	// What follows belongs to run.
+	foreign  map[string]bool      // namespaces of which the log has told
+	repaired map[string]time.Time // when, of the last repairEvery
 }
 
 // DistributeRoots has Run keep bundle, in PEM, in the namespaces that are meshed.
@@ -55,11 +61,14 @@ type Roots struct {
 // overwritten: it may be this replica that has not heard of a change yet. Changed
 // must be called when bundle returns something else.
 func (c *Cluster) DistributeRoots(bundle func() []byte, reload func(context.Context) error) *Roots {
-	c.roots = &Roots{
-		c: c, bundle: bundle, reload: reload, foreign: map[string]bool{},
+	r := &Roots{
+		c: c, bundle: bundle, reload: reload, foreign: map[string]bool{}, repaired: map[string]time.Time{},
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](retryAtFirst, retryAtMost)),
 	}
-	return c.roots
+	c.source.mu.Lock() // Ready may be asked already
+	defer c.source.mu.Unlock()
+	c.roots = r
+	return r
 }
 
 // Changed has every namespace looked at again.
@@ -160,6 +169,12 @@ func (r *Roots) keep(ctx context.Context, namespace string) error {
 	case right(have, r.bundle()):
 		return nil
 	}
+	now := time.Now()
+	if wait := r.repaired[namespace].Add(repairEvery).Sub(now); wait > 0 {
+		r.queue.AddAfter(namespace, wait)
+		return nil
+	}
+	maps.DeleteFunc(r.repaired, func(_ string, at time.Time) bool { return now.Sub(at) > repairEvery })
 	if err := r.reload(ctx); err != nil {
 		return fmt.Errorf("read the roots again, because those of ConfigMap %s/%s differ: %w", namespace, RootsConfigMap, err)
 	}
@@ -199,6 +214,7 @@ func (r *Roots) repair(ctx context.Context, namespace string) error {
 	if err := r.c.client.Update(ctx, &have); err != nil {
 		return fmt.Errorf("repair ConfigMap %s/%s: %w", namespace, RootsConfigMap, err)
 	}
+	r.repaired[namespace] = time.Now()
 	r.c.metrics.roots.WithLabelValues("repaired").Inc()
 	r.c.log.Info("roots of a namespace brought up to date", "orchestrator.namespace", namespace)
 	return nil
@@ -206,8 +222,6 @@ func (r *Roots) repair(ctx context.Context, namespace string) error {
 
 // leave says once that a ConfigMap is not ours.
 func (r *Roots) leave(namespace string, needed bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	if !needed || r.foreign[namespace] {
 		return
 	}

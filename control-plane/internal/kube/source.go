@@ -139,14 +139,14 @@ func (s *Source) Load() (translate.Objects, []translate.Problem) {
 	defer s.mu.Unlock()
 	s.loaded = s.version
 	out := translate.Objects{
-		Services:       all[*corev1.Service](s.tables["Service"]),
-		EndpointSlices: all[*discoveryv1.EndpointSlice](s.tables[kindEndpointSlice]),
-		Pods:           all[*corev1.Pod](s.tables[kindPod]),
-		Namespaces:     all[*corev1.Namespace](s.tables[kindNamespace]),
-		HTTPRoutes:     all[*gatewayv1.HTTPRoute](s.tables["HTTPRoute"]),
-		GRPCRoutes:     all[*gatewayv1.GRPCRoute](s.tables["GRPCRoute"]),
-		TLSRoutes:      all[*gatewayv1.TLSRoute](s.tables["TLSRoute"]),
-
+		Namespaces:            all[*corev1.Namespace](s.tables[kindNamespace]),
+		Services:              all[*corev1.Service](s.tables["Service"]),
+		EndpointSlices:        all[*discoveryv1.EndpointSlice](s.tables[kindEndpointSlice]),
+		Pods:                  all[*corev1.Pod](s.tables[kindPod]),
+		HTTPRoutes:            all[*gatewayv1.HTTPRoute](s.tables["HTTPRoute"]),
+		GRPCRoutes:            all[*gatewayv1.GRPCRoute](s.tables["GRPCRoute"]),
+		TLSRoutes:             all[*gatewayv1.TLSRoute](s.tables["TLSRoute"]),
+		ReferenceGrants:       all[*gatewayv1.ReferenceGrant](s.tables["ReferenceGrant"]),
 		CircuitBreakers:       all[*v1alpha1.CircuitBreaker](s.tables["CircuitBreaker"]),
 		RetryPolicies:         all[*v1alpha1.RetryPolicy](s.tables["RetryPolicy"]),
 		AuthorizationPolicies: all[*v1alpha1.AuthorizationPolicy](s.tables["AuthorizationPolicy"]),
@@ -331,7 +331,9 @@ func (s *Source) moved(t *table, name types.NamespacedName, old, now client.Obje
 	case kindEndpointSlice:
 		s.tell(s.movedSlice(name, old, now))
 	case kindPod:
-		s.meshed[name.Namespace] += meshed(now) - meshed(old)
+		if s.meshed[name.Namespace] += meshed(now) - meshed(old); s.meshed[name.Namespace] == 0 {
+			delete(s.meshed, name.Namespace)
+		}
 		c := Change{Pods: []types.NamespacedName{name}}
 		for slice := range s.slicesWith[name] {
 			if o, ok := get[*discoveryv1.EndpointSlice](s, kindEndpointSlice, slice); ok {

@@ -163,7 +163,7 @@ func dumpStatus(in []translate.Status) string {
 				fmt.Fprintf(&w, " of generation %d, not %d", c.ObservedGeneration, s.Generation)
 			}
 		}
-		fmt.Fprintf(&w, "%s%s\n", option(" keys ", strings.Join(s.Keys, ",")), option(" instances ", strings.Join(s.Instances, ",")))
+		fmt.Fprintf(&w, "%s%s%s\n", option(" keys ", strings.Join(s.Keys, ",")), option(" for callers of ", s.Consumer), option(" instances ", strings.Join(s.Instances, ",")))
 		for _, c := range s.Conditions {
 			if c.Message != "" {
 				fmt.Fprintf(&w, "  %s: %s\n", c.Type, strings.ReplaceAll(c.Message, "\n", "\n    "))

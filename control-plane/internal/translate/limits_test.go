@@ -2,6 +2,7 @@ package translate_test
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -54,14 +55,14 @@ func TestAuthorizationLimits(t *testing.T) {
 	}
 	f("spec.targetRefs", 16, func(s *v1alpha1.AuthorizationPolicySpec, n int) { s.TargetRefs = namespaces(n) })
 	f("spec.rules", 64, func(s *v1alpha1.AuthorizationPolicySpec, n int) { s.Rules = make([]v1alpha1.AuthorizationRule, n) })
-	f("spec.rules[0].from", 16, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
+	f("spec.rules[0].from", 64, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
 		var from []v1alpha1.AuthorizationSource
 		for range n {
 			from = append(from, v1alpha1.AuthorizationSource{Namespaces: []string{"a"}})
 		}
 		s.Rules = one(v1alpha1.AuthorizationRule{From: from})
 	})
-	f("spec.rules[0].to", 16, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
+	f("spec.rules[0].to", 64, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
 		var to []v1alpha1.AuthorizationOperation
 		for range n {
 			to = append(to, v1alpha1.AuthorizationOperation{Methods: []string{"GET"}})
@@ -89,6 +90,17 @@ func TestAuthorizationLimits(t *testing.T) {
 	f("spec.rules[0].to[0].paths", 64, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
 		s.Rules = operation(v1alpha1.AuthorizationOperation{Paths: many(n, "/")})
 	})
+	// 63 entries of to, each with a method, have 64 callers; the last rule has the rest.
+	f("spec.rules", 4096, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
+		to := slices.Repeat([]v1alpha1.AuthorizationOperation{{Methods: []string{"GET"}}}, 63)
+		s.Rules = []v1alpha1.AuthorizationRule{
+			{From: []v1alpha1.AuthorizationSource{{Namespaces: many(64, "a")}}, To: to},
+			{To: []v1alpha1.AuthorizationOperation{{Methods: []string{"GET"}}}},
+		}
+		if n > 4096 {
+			s.Rules[1].To[0].Paths = []string{"/"}
+		}
+	})
 	f("spec.rules[0].to[0].paths[0]", 1024, func(s *v1alpha1.AuthorizationPolicySpec, n int) {
 		s.Rules = operation(v1alpha1.AuthorizationOperation{Paths: []string{"/" + strings.Repeat("a", n-1)}})
 	})
@@ -96,13 +108,13 @@ func TestAuthorizationLimits(t *testing.T) {
 
 // namespaces names the namespace shop n times.
 func namespaces(n int) []gatewayv1.LocalPolicyTargetReferenceWithSectionName {
-	var out []gatewayv1.LocalPolicyTargetReferenceWithSectionName
-	for range n {
-		out = append(out, gatewayv1.LocalPolicyTargetReferenceWithSectionName{
-			LocalPolicyTargetReference: gatewayv1.LocalPolicyTargetReference{Kind: "Namespace", Name: "shop"},
-		})
-	}
-	return out
+	return slices.Repeat(named("Namespace", "shop"), n)
+}
+
+func named(kind, name string) []gatewayv1.LocalPolicyTargetReferenceWithSectionName {
+	return []gatewayv1.LocalPolicyTargetReferenceWithSectionName{{
+		LocalPolicyTargetReference: gatewayv1.LocalPolicyTargetReference{Kind: gatewayv1.Kind(kind), Name: gatewayv1.ObjectName(name)},
+	}}
 }
 
 // TestMessagesAreBounded: a status holds what people can read, whatever the object

@@ -20,13 +20,12 @@ const (
 	annotationStatus = "outrigger.dev/status" // injected, by the injector: the pod has a proxy, if the container is there
 	keyMTLS          = "outrigger.dev/mtls"   // off, permissive or strict: what pods ask of those who call; annotation of a pod, else label of its namespace
 
+	// What comes in at these ports does not pass through the pod's proxy.
+	annotationExclude = "outrigger.dev/exclude-inbound-ports" // comma list of the pod's ports that are not captured
+
 	statusInjected = "injected"
 	proxyContainer = "outrigger-proxy"
 )
-
-// excludeAnnotations list ports at which a pod is not captured: what comes in
-// there does not pass through its proxy.
-var excludeAnnotations = [...]string{"outrigger.dev/exclude-ports", "outrigger.dev/exclude-inbound-ports"}
 
 // pod is a Pod that may be called.
 type pod struct {
@@ -133,18 +132,16 @@ func podAddresses(obj *corev1.Pod) []netip.Addr {
 
 func excludedPorts(r *report, obj *corev1.Pod) []uint16 {
 	var out []uint16
-	for _, name := range excludeAnnotations {
-		for item := range strings.SplitSeq(obj.Annotations[name], ",") {
-			if item = strings.TrimSpace(item); item == "" {
-				continue
-			}
-			n, err := strconv.ParseUint(item, 10, 16)
-			if err != nil || n == 0 {
-				r.add("metadata.annotations."+name, ReasonInvalid, "%q is not a port; write a comma list of ports, 1 to 65535", item)
-				continue
-			}
-			out = append(out, uint16(n))
+	for item := range strings.SplitSeq(obj.Annotations[annotationExclude], ",") {
+		if item = strings.TrimSpace(item); item == "" {
+			continue
 		}
+		n, err := strconv.ParseUint(item, 10, 16)
+		if err != nil || n == 0 {
+			r.add("metadata.annotations."+annotationExclude, ReasonInvalid, "%q is not a port; write a comma list of ports, 1 to 65535", item)
+			continue
+		}
+		out = append(out, uint16(n))
 	}
 	return out
 }

@@ -16,8 +16,11 @@ import (
 // Limits of an AuthorizationPolicy; every proxy that it applies to has all of it.
 const (
 	maxAuthorizationRules = 64
-	maxAuthorizationParts = 16 // entries of from, and of to
+	maxAuthorizationParts = 64 // entries of from, and of to
 	maxAuthorizationWords = 64 // entries of one list in them
+	// All principals, methods and paths that a proxy is told of one policy: every
+	// entry of to has the callers of its rule.
+	maxAuthorizationTotal = 4096
 )
 
 // FailsClosed is the message of the Problem that says that an AuthorizationPolicy
@@ -43,7 +46,7 @@ func (b *builder) addAuthorizationPolicies(in []*v1alpha1.AuthorizationPolicy) {
 		}
 		reached := map[*pod][]uint16{}
 		for i := range targets {
-			b.protect(r, obj, i, &targets[i], reached)
+			b.protect(r, obj.Namespace, i, &targets[i], policy, reached)
 		}
 		for pd, ports := range reached {
 			one := policy
@@ -104,9 +107,9 @@ func (b *builder) authorizationTargets(r *report, obj *v1alpha1.AuthorizationPol
 }
 
 // protect adds the ports of pods that a target stands for to reached.
-func (b *builder) protect(r *report, obj *v1alpha1.AuthorizationPolicy, i int, t *authorizationTarget, reached map[*pod][]uint16) {
+func (b *builder) protect(r *report, namespace string, i int, t *authorizationTarget, policy mesh.Authorization, reached map[*pod][]uint16) {
 	bare := false
-	for _, pd := range b.podsIn[obj.Namespace] {
+	for _, pd := range b.podsIn[namespace] {
 		var ports []uint16
 		switch {
 		case t.namespace && pd.proxied:
@@ -130,6 +133,7 @@ func (b *builder) protect(r *report, obj *v1alpha1.AuthorizationPolicy, i int, t
 		}
 	}
 	slices.Sort(t.instances)
+	b.noRequests(r, i, t, policy)
 	if !bare {
 		return
 	}
@@ -139,6 +143,23 @@ func (b *builder) protect(r *report, obj *v1alpha1.AuthorizationPolicy, i int, t
 	}
 	// Without names: they change with every pod, and with them the message.
 	r.note(at("spec.targetRefs", i), ReasonNotEnforced, "some pods of %s have no proxy, or do not capture the port: nothing enforces the policy there; have them injected, or remove the exclusion", what)
+}
+
+// noRequests tells of rules that ask for methods and paths where there are none.
+func (b *builder) noRequests(r *report, i int, t *authorizationTarget, policy mesh.Authorization) {
+	if !slices.ContainsFunc(policy.Rules, func(rl mesh.AuthorizationRule) bool { return len(rl.Methods)+len(rl.Paths) > 0 }) {
+		return
+	}
+	what := "nothing"
+	if policy.Action == mesh.Deny {
+		what = "every connection of its callers"
+	}
+	for _, p := range t.ports {
+		if !p.declared.MayBeHTTP() {
+			r.note(at("spec.targetRefs", i), ReasonUnsupportedProtocol, "port %s of Service %s %s, which has no methods and no paths: a rule with some matches %s there; name another port, or write a rule without them",
+				p.describe(), p.service.key, p.speaks(), what)
+		}
+	}
 }
 
 // authorization reads the policy. Where something is invalid r is bad and the
@@ -179,6 +200,13 @@ func (b *builder) authorization(r *report, obj *v1alpha1.AuthorizationPolicy) me
 		names[name] = true
 		out.Rules = append(out.Rules, b.authorizationRule(r, field, name, obj.Namespace, rule)...)
 	}
+	total := 0
+	for _, rl := range out.Rules {
+		total += len(rl.Principals) + len(rl.Methods) + len(rl.Paths)
+	}
+	if total > maxAuthorizationTotal {
+		r.add("spec.rules", ReasonInvalid, "come to %d callers, methods and paths, those of from counted for each entry of to; at most %d, spread them over several policies", total, maxAuthorizationTotal)
+	}
 	return out
 }
 
@@ -204,7 +232,7 @@ func (b *builder) authorizationRule(r *report, field, name, namespace string, in
 	}
 	var out []mesh.AuthorizationRule
 	for i := range in.To {
-		one := mesh.AuthorizationRule{Name: name, Principals: slices.Clone(principals)}
+		one := mesh.AuthorizationRule{Name: name, Principals: principals}
 		if len(in.To) > 1 {
 			// A slash is in no name, so that this is no other rule's.
 			one.Name += "/" + strconv.Itoa(i)

@@ -183,7 +183,7 @@ var text = []string{
 
 var (
 	numbers = []int64{0, 1, 2, 80, 81, 100, 302, 8080, -1, 65535, 65536, 1 << 31}
-	names   = []string{"app", "outrigger.dev/status", "outrigger.dev/mtls", "outrigger.dev/exclude-ports", "kubernetes.io/service-name", "outrigger.dev/source", ""}
+	names   = []string{"app", "outrigger.dev/status", "outrigger.dev/mtls", "outrigger.dev/exclude-inbound-ports", "kubernetes.io/service-name", "outrigger.dev/source", ""}
 )
 
 // maxDepth bounds what is made: the types of Kubernetes are deep.

@@ -457,7 +457,11 @@ func (b *builder) routeStatus(r *report, o metav1.Object, refs []gatewayv1.Paren
 		}
 		// What is wrong with this parent goes before what is wrong with all.
 		slices.SortStableFunc(accepted, func(a, b Problem) int { return -compareBool(inList(a, list), inList(b, list)) })
-		st.add(ref, keysOf(ports[i]), nil,
+		consumer := o.GetNamespace()
+		if parentKey(consumer, ref).namespace == consumer {
+			consumer = ""
+		}
+		st.add(ref, consumer, keysOf(ports[i]), nil,
 			condition(gatewayv1.RouteConditionAccepted, gatewayv1.RouteReasonAccepted, accepted, acceptedReason),
 			condition(gatewayv1.RouteConditionResolvedRefs, gatewayv1.RouteReasonResolvedRefs, refused, func(r Reason) string { return string(r) }))
 	}

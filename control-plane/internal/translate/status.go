@@ -31,6 +31,9 @@ type Status struct {
 	// the proxies that ask for them have acknowledged it. A route that was not
 	// accepted has those it would be attached to where they are known.
 	Keys []string
+	// Consumer is the namespace whose proxies alone are concerned, for a consumer
+	// route; empty for what is for all.
+	Consumer string
 	// Instances are the pods whose proxies enforce an AuthorizationPolicy, as
 	// <namespace>/<pod>, sorted; nil for other kinds.
 	Instances []string
@@ -45,7 +48,7 @@ type status struct {
 func statusOf(r *report, o metav1.Object) status { return status{r, o.GetGeneration()} }
 
 // add adds an entry unless the object has one with the same reference.
-func (s status) add(ref gatewayv1.ParentReference, keys, instances []string, conditions ...metav1.Condition) {
+func (s status) add(ref gatewayv1.ParentReference, consumer string, keys, instances []string, conditions ...metav1.Condition) {
 	b := s.r.b
 	for i := len(b.statuses) - 1; i >= 0; i-- {
 		o := &b.statuses[i]
@@ -61,7 +64,7 @@ func (s status) add(ref gatewayv1.ParentReference, keys, instances []string, con
 	}
 	b.statuses = append(b.statuses, Status{
 		Kind: s.r.at.Kind, Namespace: s.r.at.Namespace, Name: s.r.at.Name, Generation: s.generation,
-		Ref: *ref.DeepCopy(), Conditions: conditions, Keys: sortedOnce(keys), Instances: sortedOnce(instances),
+		Ref: *ref.DeepCopy(), Conditions: conditions, Keys: sortedOnce(keys), Consumer: consumer, Instances: sortedOnce(instances),
 	})
 }
 
@@ -137,7 +140,7 @@ func (b *builder) policyStatus(r *report, o metav1.Object, refs []gatewayv1.Loca
 			ref.Namespace = &ns
 		}
 		keys, instances := concerned(i)
-		st.add(ref, keys, instances,
+		st.add(ref, "", keys, instances,
 			condition(gatewayv1.PolicyConditionAccepted, gatewayv1.PolicyReasonAccepted, about(*r.found, "spec.targetRefs", i), policyReason))
 	}
 }

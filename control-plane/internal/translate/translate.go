@@ -149,7 +149,10 @@ type key struct{ namespace, name string }
 func (k key) String() string { return k.namespace + "/" + k.name }
 
 func (k key) compare(o key) int {
-	return cmp.Or(cmp.Compare(k.namespace, o.namespace), cmp.Compare(k.name, o.name))
+	if c := cmp.Compare(k.namespace, o.namespace); c != 0 {
+		return c
+	}
+	return cmp.Compare(k.name, o.name)
 }
 
 func keyOf(o metav1.Object) key { return key{o.GetNamespace(), o.GetName()} }
@@ -158,10 +161,10 @@ func keyOf(o metav1.Object) key { return key{o.GetNamespace(), o.GetName()} }
 // time, then by namespace and name. Objects from a folder have no creation
 // time and are equally old.
 func older(a, b metav1.Object) int {
-	return cmp.Or(
-		created(a).Compare(created(b)),
-		keyOf(a).compare(keyOf(b)),
-	)
+	if c := created(a).Compare(created(b)); c != 0 {
+		return c
+	}
+	return keyOf(a).compare(keyOf(b))
 }
 
 // created is in whole seconds, which is what the API server keeps.
@@ -205,7 +208,10 @@ func ordered[T any, P object[T]](b *builder, kind string, in []P) []P {
 		}
 	}
 	slices.SortFunc(out, func(a, b P) int {
-		return cmp.Or(keyOf(a).compare(keyOf(b)), cmp.Compare(source(a), source(b)))
+		if c := keyOf(a).compare(keyOf(b)); c != 0 {
+			return c
+		}
+		return cmp.Compare(source(a), source(b))
 	})
 	unique := out[:0]
 	for _, o := range out {

@@ -126,7 +126,7 @@ func (k *checker) outbound(ctx context.Context, made rules.Rules, self netip.Pre
 	var unreachable error
 	for _, dst := range k.targets(made, self, uid) {
 		err := k.connect(ctx, uid, dst, k.c.OutboundPort)
-		if errors.Is(err, unix.ENETUNREACH) {
+		if nowhere(err) {
 			unreachable = err
 			continue
 		}
@@ -178,7 +178,12 @@ func (k *checker) inbound(ctx context.Context, made rules.Rules, self netip.Pref
 	}
 	for _, port := range ports {
 		if rules.Decide(made.Output, rules.Connection{Loopback: true, Source: self.Addr(), Dest: self.Addr(), Port: port, UID: uid}) == k.c.InboundPort {
-			return k.connect(ctx, uid, netip.AddrPortFrom(self.Addr(), port), k.c.InboundPort)
+			err := k.connect(ctx, uid, netip.AddrPortFrom(self.Addr(), port), k.c.InboundPort)
+			if nowhere(err) {
+				k.log.Warn("inbound traffic is not checked: the pod's address is not usable yet", "error.message", err.Error(), "outrigger.ipv6", made.IPv6)
+				return nil
+			}
+			return err
 		}
 	}
 	k.log.Warn("inbound traffic is not checked: every port that would do is excluded", "outrigger.ipv6", made.IPv6)
@@ -246,7 +251,7 @@ func (k *checker) connect(ctx context.Context, uid uint32, dst netip.AddrPort, p
 	if !become(uid, func() { conn, err = dialer.DialContext(ctx, "tcp", dst.String()) }) {
 		return fmt.Errorf("become uid %d to connect: not permitted", uid)
 	}
-	if errors.Is(err, unix.ENETUNREACH) {
+	if nowhere(err) {
 		return err
 	}
 	if err != nil {
@@ -279,6 +284,12 @@ func (k *checker) connect(ctx context.Context, uid uint32, dst netip.AddrPort, p
 		k.checked++
 		return nil
 	}
+}
+
+// nowhere: the kernel has no route, or no address to send from as long as IPv6
+// looks for another who has it (RFC 4862), and so does not come to the rules.
+func nowhere(err error) bool {
+	return errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
 
 func listen(ctx context.Context, ipv6 bool, port uint16) (*net.TCPListener, error) {
