@@ -47,8 +47,10 @@ func prepare(ctx context.Context, c config) error {
 	if err := compile(ctx, own, c.built(), "./app", "./pause", "./echo"); err != nil {
 		return err
 	}
-	if err := goTool(ctx, own, "test", "-c", "-trimpath", "-o", filepath.Join(c.built(), "conformance.test"), "./conformance"); err != nil {
-		return err
+	if c.only.MatchString("conformance") && !c.shell {
+		if err := goTool(ctx, own, "test", "-c", "-o", filepath.Join(c.built(), "conformance.test"), "./conformance"); err != nil {
+			return err
+		}
 	}
 	if err := c.gatewayAPI(ctx); err != nil {
 		return err
@@ -84,7 +86,7 @@ func (c config) gatewayAPI(ctx context.Context) error {
 }
 
 func compile(ctx context.Context, dir, out string, packages ...string) error {
-	return goTool(ctx, dir, append([]string{"build", "-trimpath", "-ldflags=-s -w", "-o", out + "/"}, packages...)...)
+	return goTool(ctx, dir, append([]string{"build", "-trimpath", "-ldflags=-s -w -X github.com/outrigger-mesh/outrigger/program.version=here", "-o", out + "/"}, packages...)...)
 }
 
 func goTool(ctx context.Context, dir string, args ...string) error {

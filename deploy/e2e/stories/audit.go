@@ -3,6 +3,7 @@ package stories
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -58,7 +59,7 @@ func audit(ctx context.Context, sc *scene) error {
 		return err
 	}
 	return cluster.WaitFor(ctx, time.Minute, "the audit to find both", func(ctx context.Context) error {
-		out, err := sc.outrigger(ctx, "audit", "--namespace", sc.namespace, "--json")
+		out, err := sc.outrigger(ctx, "audit", "--namespace", sc.namespace, "--output", "json")
 		var report struct {
 			Findings []struct{ Namespace, Pod, Owner, Cause, Message, Command string }
 		}
@@ -82,10 +83,14 @@ func audit(ctx context.Context, sc *scene) error {
 // outrigger runs the command line as a user would, against this cluster. What it
 // printed is there even when it ended with an error.
 func (sc *scene) outrigger(ctx context.Context, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(sc.bin, "outrigger"), args...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+sc.Kubeconfig)
+	return command(ctx, sc.Cluster, sc.bin, args...)
+}
+
+func command(ctx context.Context, c *cluster.Cluster, bin string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "outrigger"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig)
 	out, err := cmd.Output()
-	if exit, ok := err.(*exec.ExitError); ok { //nolint:errorlint // Output returns it as it is
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		return out, fmt.Errorf("outrigger %v: %w: %s", args, err, exit.Stderr)
 	}
 	return out, err

@@ -220,7 +220,7 @@ func collectors(ctx context.Context, sc *scene) error {
 	if err := sc.world(ctx, 2, "", ""); err != nil {
 		return err
 	}
-	return sc.during(ctx, "load", "the collectors are killed", func(ctx context.Context) error {
+	if err := sc.during(ctx, "load", "the collectors are killed", func(ctx context.Context) error {
 		if err := sc.kill(ctx, "app.kubernetes.io/name=outrigger-collector"); err != nil {
 			return err
 		}
@@ -229,7 +229,28 @@ func collectors(ctx context.Context, sc *scene) error {
 			return err
 		}
 		return collectorsReady(ctx, sc.Cluster)
-	})
+	}); err != nil {
+		return err
+	}
+	// Every call that a proxy wrote down is found; the account of the files closes.
+	webs, err := sc.injected(ctx, "app=web")
+	if err != nil {
+		return err
+	}
+	for _, w := range webs {
+		if err := sc.collector(ctx, w.Spec.NodeName, func(ctx context.Context, address string) error {
+			return cluster.WaitFor(ctx, 30*time.Second, "the account of the logs to close", func(ctx context.Context) error {
+				out, err := sc.outrigger(ctx, "--collector", address, "logs", "audit")
+				if err != nil {
+					return fmt.Errorf("%w: %s", err, out)
+				}
+				return nil
+			})
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // rotation: certificates that live for a minute are exchanged again and again.

@@ -9,23 +9,22 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"sigs.k8s.io/yaml"
 
-	"github.com/outrigger-mesh/outrigger/deploy/chart"
 	"github.com/outrigger-mesh/outrigger/deploy/e2e/cluster"
 )
 
 // system is the namespace of the product.
 const system = "outrigger-system"
 
-// values of the installation, beside those of the profile: the images are here.
+// values of the installation, beside those of the profile: the images are here, their
+// tag is the version that the programs were built with.
 const values = `
-image: {tag: here, pullPolicy: Never}
+image: {pullPolicy: Never}
 sidecar: {envoyImage: "outrigger-e2e/envoy:here"}
 `
 
-// Install puts the Gateway API and the product into the cluster and waits for it.
+// Install puts the Gateway API and the product into the cluster, as a user would,
+// and waits for it.
 func (s *Stories) Install(ctx context.Context) error {
 	began := time.Now()
 	crds, err := os.ReadFile(filepath.Join(s.Folder, "gateway-api.yaml"))
@@ -35,42 +34,15 @@ func (s *Stories) Install(ctx context.Context) error {
 	if err := s.Cluster.Apply(ctx, string(crds)); err != nil {
 		return err
 	}
-	profile, err := os.ReadFile(filepath.Join(s.Root, "deploy", "profiles", "kubeadm.yaml"))
-	if err != nil {
-		return fmt.Errorf("the profile: %w", err)
-	}
-	under, err := chart.Values(profile)
-	if err != nil {
-		return fmt.Errorf("the profile: %w", err)
-	}
-	over, err := chart.Values([]byte(values))
-	if err != nil {
+	file := filepath.Join(s.Folder, "values.yaml")
+	if err := os.WriteFile(file, []byte(values), 0o644); err != nil {
 		return fmt.Errorf("values: %w", err)
 	}
-	release, err := chart.Render(ctx, chart.Merge(under, over), chart.Options{Namespace: system, KubeVersion: "v1.37.2"})
+	out, err := command(ctx, s.Cluster, s.Bin, "install", "--profile", "kubeadm", "--values", file, "--wait")
 	if err != nil {
-		return err
+		return fmt.Errorf("%w\n%s%s", err, out, s.Cluster.Describe(context.WithoutCancel(ctx), system))
 	}
-	if err := s.Cluster.Apply(ctx, "{apiVersion: v1, kind: Namespace, metadata: {name: "+system+"}}"); err != nil {
-		return err
-	}
-	for _, objects := range [][]*unstructured.Unstructured{release.CRDs, release.Objects} {
-		for _, o := range objects {
-			text, err := yaml.Marshal(o.Object)
-			if err != nil {
-				return fmt.Errorf("the chart: %w", err)
-			}
-			if err := s.Cluster.Apply(ctx, string(text)); err != nil {
-				return err
-			}
-		}
-	}
-	for _, d := range []string{"outrigger-control-plane", "outrigger-injector"} {
-		if err := s.Cluster.Available(ctx, system, d); err != nil {
-			return err
-		}
-	}
-	if err := s.collectorsReady(ctx); err != nil {
+	if err := collectorsReady(ctx, s.Cluster); err != nil {
 		return err
 	}
 	s.Report("Outrigger is installed after %.1f s", time.Since(began).Seconds())
@@ -78,10 +50,6 @@ func (s *Stories) Install(ctx context.Context) error {
 }
 
 // collectorsReady waits until the collector of each node is.
-func (s *Stories) collectorsReady(ctx context.Context) error {
-	return collectorsReady(ctx, s.Cluster)
-}
-
 func collectorsReady(ctx context.Context, c *cluster.Cluster) error {
 	err := cluster.WaitFor(ctx, 2*time.Minute, "the collectors to be ready", func(ctx context.Context) error {
 		d, err := c.Client.AppsV1().DaemonSets(system).Get(ctx, "outrigger-collector", metav1.GetOptions{})

@@ -133,7 +133,7 @@ spec:
 		if err := sc.rejections(ctx, front, true); err != nil {
 			return err
 		}
-		return sc.why(ctx, fmt.Sprint(r["outrigger.evidence.id"]))
+		return sc.why(ctx, fronts[0].Spec.NodeName, fmt.Sprint(r["outrigger.evidence.id"]))
 	}); err != nil {
 		return err
 	}
@@ -182,15 +182,36 @@ func (sc *scene) rejections(ctx context.Context, front string, wanted bool) erro
 }
 
 // why asks the first command that a person would type at 3 a.m.
-func (sc *scene) why(ctx context.Context, id string) error {
-	return cluster.WaitFor(ctx, 30*time.Second, "outrigger why "+id, func(ctx context.Context) error {
-		out, err := sc.outrigger(ctx, "why", id)
-		if err != nil {
-			return err
-		}
-		if !strings.Contains(string(out), "POST /pay") {
-			return fmt.Errorf("it does not show the requests: %s", out)
-		}
-		return nil
+func (sc *scene) why(ctx context.Context, node, id string) error {
+	return sc.collector(ctx, node, func(ctx context.Context, address string) error {
+		return cluster.WaitFor(ctx, 30*time.Second, "outrigger why "+id, func(ctx context.Context) error {
+			out, err := sc.outrigger(ctx, "--collector", address, "why", id)
+			if err != nil {
+				return err
+			}
+			if !strings.Contains(string(out), "POST /pay") {
+				return fmt.Errorf("it does not show the requests: %s", out)
+			}
+			return nil
+		})
 	})
+}
+
+// collector forwards a port to the collector of a node while ask runs.
+func (sc *scene) collector(ctx context.Context, node string, ask func(ctx context.Context, address string) error) error {
+	pods, err := sc.Pods(ctx, system, "app.kubernetes.io/name=outrigger-collector")
+	if err != nil {
+		return err
+	}
+	for _, p := range pods {
+		if p.Spec.NodeName == node {
+			address, stop, err := sc.Forward(ctx, system, p.Name, 15030)
+			if err != nil {
+				return err
+			}
+			defer stop()
+			return ask(ctx, address)
+		}
+	}
+	return errors.New("there is no collector on " + node)
 }

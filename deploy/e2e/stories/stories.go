@@ -55,7 +55,7 @@ type scene struct {
 	*cluster.Cluster
 	namespace         string
 	root, bin, folder string
-	report    func(format string, args ...any)
+	report            func(format string, args ...any)
 	// requests and failed are what the story did and what became of it.
 	requests, failed int
 }
