@@ -74,9 +74,11 @@ func newCluster(t *testing.T, labels map[string]string) *cluster {
 	t.Helper()
 	s := server.Need(t)
 	leaks := goleak.IgnoreCurrent()
-	// client-go shares its connections and keeps them.
+	// client-go shares its connections and keeps them; an API server that was
+	// started anew has its own goroutines.
 	t.Cleanup(func() {
-		goleak.VerifyNone(t, leaks, goleak.IgnoreAnyFunction("golang.org/x/net/http2.(*ClientConn).readLoop"))
+		goleak.VerifyNone(t, leaks, goleak.IgnoreAnyFunction("golang.org/x/net/http2.(*ClientConn).readLoop"),
+			goleak.IgnoreAnyFunction("github.com/outrigger-mesh/outrigger/deploy/testbed.start.func1"), goleak.IgnoreAnyFunction("os/exec.(*Cmd).Start.func2"))
 	})
 	c := &cluster{ns: strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), warnings: &warnings{}}
 	conf := rest.CopyConfig(s.Config)
