@@ -101,6 +101,9 @@ const (
 	// holdSeconds is how long a plain sidecar container holds back the containers
 	// behind it.
 	holdSeconds = 120
+	// lingerSeconds is how long a plain sidecar container goes on when the pod
+	// ends; the sidecar drains for 10 s at most.
+	lingerSeconds = 5
 )
 
 // Namespace of the pod.
