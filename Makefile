@@ -7,7 +7,7 @@ BIN     := $(CURDIR)/bin
 TOOLS   := $(CACHE)/tools
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X github.com/outrigger-mesh/outrigger/program.version=$(VERSION)
-PROGRAMS := ./control-plane ./sidecar ./collector ./injector ./outrigger
+PROGRAMS := ./control-plane ./sidecar ./sidecar/netinit ./sidecar/cni ./collector ./injector ./outrigger
 FUZZ_SECONDS ?= 20
 DEMO_SECONDS ?= 0
 SOAK_SECONDS ?= 600
@@ -18,7 +18,7 @@ SOAK_SECONDS ?= 600
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
-build: ## build the five programs and the demo into bin/
+build: ## build the programs and the demo into bin/
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o $(BIN)/ $(PROGRAMS) ./deploy/demo ./deploy/demo/shop
 

@@ -456,41 +456,6 @@ type problemsReport struct {
 	Parity   []parity  `json:"parity"`
 }
 
-// parity says what each data plane makes of a policy where it applies.
-type parity struct {
-	Kind   string           `json:"kind"`
-	Policy string           `json:"policy"`
-	Target string           `json:"target"`
-	Notes  []xds.ParityNote `json:"notes"`
-}
-
-func parityOf(m *mesh.Mesh) []parity {
-	out := []parity{}
-	for _, s := range m.Services {
-		for _, p := range s.Ports {
-			key := mesh.Key(s.Namespace, s.Name, p.Number)
-			if notes := xds.MTLSParity(p); notes != nil {
-				workloads := map[string]bool{}
-				for _, e := range p.Endpoints {
-					if e.MTLS && !workloads[e.Workload] {
-						workloads[e.Workload] = true
-						out = append(out, parity{"Workload", s.Namespace + "/" + e.Workload, key, notes})
-					}
-				}
-			}
-			if p.Breaker != nil {
-				out = append(out, parity{"CircuitBreaker", p.Breaker.Policy, key, xds.BreakerParity(p.Breaker)})
-			}
-			for _, r := range p.Routes {
-				if r.Retry.Policy != "" && r.Retry.Policy != "default" {
-					out = append(out, parity{"RetryPolicy", r.Retry.Policy, key + " " + r.Name, xds.RetryParity(r.Retry)})
-				}
-			}
-		}
-	}
-	return out
-}
-
 func dump(sets map[xds.DataPlane]*xds.Set) (map[xds.DataPlane]map[string][]xds.DumpedResource, error) {
 	out := map[xds.DataPlane]map[string][]xds.DumpedResource{}
 	for dp, set := range sets {

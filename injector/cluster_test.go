@@ -74,17 +74,15 @@ func newCluster(t *testing.T, labels map[string]string) *cluster {
 	t.Helper()
 	s := server.Need(t)
 	leaks := goleak.IgnoreCurrent()
-	t.Cleanup(func() { goleak.VerifyNone(t, leaks) })
+	// client-go shares its connections and keeps them.
+	t.Cleanup(func() {
+		goleak.VerifyNone(t, leaks, goleak.IgnoreAnyFunction("golang.org/x/net/http2.(*ClientConn).readLoop"))
+	})
 	c := &cluster{ns: strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), warnings: &warnings{}}
 	conf := rest.CopyConfig(s.Config)
 	conf.WarningHandler = c.warnings
 	var err error
-	httpClient, err := rest.HTTPClientFor(conf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(httpClient.CloseIdleConnections)
-	if c.Clientset, err = kubernetes.NewForConfigAndClient(conf, httpClient); err != nil {
+	if c.Clientset, err = kubernetes.NewForConfig(conf); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: c.ns, Labels: labels}}, metav1.CreateOptions{}); err != nil {
@@ -234,7 +232,7 @@ func eventually(t *testing.T, f func() error) {
 func (c *cluster) works(t *testing.T) {
 	t.Helper()
 	eventually(t, func() error {
-		pod, err := c.CoreV1().Pods(c.ns).Create(t.Context(), bare("probe-"+unique(), ""), metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+		pod, err := c.CoreV1().Pods(c.ns).Create(t.Context(), restricted(bare("probe-"+unique(), "")), metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 		if err == nil && !patch.Injected(pod) && pod.Annotations[patch.AnnotationStatus] != patch.StatusSkipped {
 			err = errors.New("the pod was not injected")
 		}
@@ -249,7 +247,8 @@ func bare(name, owner string) *corev1.Pod {
 	yes := true
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": "web"}},
-		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: "shop/web:1", LivenessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 7000}}}}}},
+		// As the ServiceAccount plugin would set it, which has nobody here who creates one.
+		Spec: corev1.PodSpec{ServiceAccountName: "default", Containers: []corev1.Container{{Name: "app", Image: "shop/web:1", LivenessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 7000}}}}}},
 	}
 	if owner != "" {
 		pod.Name, pod.GenerateName = "", owner+"-6b7f-"
@@ -493,7 +492,8 @@ func TestLabelledLater(t *testing.T) {
 		ObjectMeta: metav1.ObjectMeta{Name: "outrigger-injector"},
 		Spec: appsv1.DeploymentSpec{Selector: &metav1.LabelSelector{MatchLabels: labels}, Template: corev1.PodTemplateSpec{
 			ObjectMeta: metav1.ObjectMeta{Labels: labels},
-			Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "injector", Image: "i", Args: []string{"--image=outrigger/sidecar:7", "--cni", "--native-sidecar=false", "--envoy-image=e"}}}},
+			// As the ServiceAccount plugin would set it, which has nobody here who creates one.
+			Spec: corev1.PodSpec{ServiceAccountName: "default", Containers: []corev1.Container{{Name: "injector", Image: "i", Args: []string{"--image=outrigger/sidecar:7", "--cni", "--native-sidecar=false", "--envoy-image=e"}}}},
 		}},
 	}
 	if _, err := kube.InjectorSettings(t.Context(), c, c.ns); !apierrors.IsNotFound(err) {

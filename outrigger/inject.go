@@ -53,6 +53,8 @@ done to each object is said on standard error.`,
 	cmd.Flags().StringVar(&s.Image, "image", "outrigger/sidecar:"+program.Version(), "image of the sidecar")
 	cmd.Flags().StringVar(&s.ControlPlane, "control-plane", "outrigger-control-plane.outrigger-system:15012", "host:port of the control plane")
 	cmd.Flags().StringVar(&s.TrustDomain, "trust-domain", "", "SPIFFE trust domain; the sidecar's default where empty")
+	cmd.Flags().StringVar(&s.EnvoyImage, "envoy-image", "", "image of Envoy, for pods that ask for one; they are refused where empty")
+	cmd.Flags().BoolVar(&s.CNI, "cni", false, "a CNI plugin redirects the traffic of pods, which then need no privilege")
 	cmd.Flags().BoolVar(&s.NativeSidecar, "native-sidecar", true, "init container with restartPolicy Always (Kubernetes 1.29 and later)")
 	if err := cmd.MarkFlagRequired("filename"); err != nil {
 		panic(err) // the flag is defined above

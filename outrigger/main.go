@@ -35,7 +35,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 	c := &cli{stdin: stdin, stdout: stdout, http: &http.Client{Transport: &http.Transport{ResponseHeaderTimeout: 30 * time.Second}}}
 	root := &cobra.Command{
 		Use:           "outrigger",
-		Short:         "Ask the mesh: search logs, explain breakers, audit, inject",
+		Short:         "Install the mesh and ask it: check, search logs, explain breakers, audit, inject",
 		Version:       program.Version(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -45,7 +45,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		collector = v
 	}
 	root.PersistentFlags().StringVar(&c.collector, "collector", collector, "address of a collector with a store (env OUTRIGGER_COLLECTOR)")
-	root.AddCommand(c.logs(), c.why(), c.inject())
+	root.AddCommand(c.logs(), c.why(), c.inject(), c.auditPods(), c.install(), c.upgrade(), c.uninstall(), c.check())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)

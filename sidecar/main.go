@@ -19,7 +19,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/oklog/run"
@@ -100,7 +99,7 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	fs.StringVar(&c.health, "health-address", loopback(bootstrap.PortHealth), "readiness. Empty: none")
 	fs.StringVar(&c.stateDir, "state-dir", "", "folder for the last good configuration, from which a restart without control plane starts. Empty: none")
 	fs.DurationVar(&c.drainTimeout, "drain-timeout", 10*time.Second, "how long requests in flight may take after SIGTERM")
-	fs.DurationVar(&c.drainMinimum, "drain-minimum", 0, "with --capture: how long after SIGTERM connections are accepted at least, for an application that ends at the same time; not more than --drain-timeout")
+	fs.DurationVar(&c.drainMinimum, "drain-minimum", 0, "with --capture: how long after SIGTERM connections are accepted at least, for an application that ends at the same time; with --exit-when-alone it is until the application has ended. Not more than --drain-timeout")
 	fs.DurationVar(&c.readyTimeout, "ready-timeout", 0, "give up when not configured by then; 0 waits for ever, not ready")
 	fs.StringVar(&c.otlpEndpoint, "otlp-endpoint", "", "OTLP/HTTP endpoint for spans, for example http://127.0.0.1:4318. Empty: none")
 	fs.Float64Var(&c.otlpRatio, "trace-ratio", 0.01, "share of the traces that begin here and are sampled, 0 to 1")
@@ -276,6 +275,9 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		return capturing(captor, current.Load(), cfg.Config)
 	}
 	operators.Ready = ready
+	if captor != nil {
+		operators.Captured = func() any { return captor.Captured() }
+	}
 	if len(cfg.probes) > 0 {
 		at := cfg.Addresses[0] // as kubelet takes status.podIP
 		operators.Probes = admin.NewProbes(cfg.probes, at, proxy.SourceFor(at))
@@ -355,13 +357,8 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		// What is redirected has nowhere else to go, for as long as the application lives.
 		outlive(func(ctx context.Context) error { return captor.Serve(ctx, outgoing, incoming) })
 	}
-	var completed atomic.Bool // the application has
 	if alone != nil {
-		actor(func(ctx context.Context) error {
-			err := alone.run(ctx)
-			completed.Store(err == nil)
-			return err
-		})
+		actor(alone.run)
 	}
 	if secrets != nil {
 		actor(func(ctx context.Context) error { return sds.Serve(ctx, secrets, who, log) })
@@ -409,11 +406,14 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	drain, stop := context.WithTimeout(context.WithoutCancel(ctx), cfg.drainTimeout)
 	defer stop()
 	if captor != nil {
-		least := cfg.drainMinimum
-		if completed.Load() {
-			least = 0
-		}
-		accept(drain, conns, least)
+		until := time.Now().Add(cfg.drainMinimum)
+		accept(drain, conns, func() bool {
+			if alone != nil { // which knows better than any time does
+				n, err := alone.others()
+				return err == nil && n > 0
+			}
+			return time.Now().Before(until)
+		})
 	}
 	forced := conns.Drain(drain)
 	end()
@@ -425,14 +425,13 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	return err
 }
 
-// accept goes on while connections are open, and for the least time given, but no
-// longer than until ctx ends.
-func accept(ctx context.Context, conns *listener.Group, least time.Duration) {
+// accept goes on while connections are open, and while the application may make
+// more, but no longer than until ctx ends.
+func accept(ctx context.Context, conns *listener.Group, more func() bool) {
 	conns.Lame()
-	until := time.Now().Add(least)
-	tick := time.NewTicker(20 * time.Millisecond)
+	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for conns.Active() > 0 || time.Now().Before(until) {
+	for conns.Active() > 0 || more() {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():

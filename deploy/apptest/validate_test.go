@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +20,7 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/tools/txtar"
 	"google.golang.org/grpc"
@@ -41,7 +43,7 @@ const (
 // without a problem, the Envoy of this version accepts what is made of them.
 //
 // For every folder in testdata it asks the control plane as an Envoy would that
-// has a port for each Service, puts the answers into a static bootstrap and has
+// has a port for each Service, and as one that captures the traffic of a pod, puts the answers into a static bootstrap and has
 // Envoy validate it: that checks each message by itself and, unlike a running
 // Envoy's acknowledgement, that routes name clusters that exist. A dry run of
 // the same folder must show the same resources.
@@ -102,6 +104,28 @@ func validates(t *testing.T, envoy string, folder map[string]string) {
 	if n := len(got[listenerType]); n != len(upstreams)+4 {
 		t.Errorf("%d listeners, want one for each of %d upstreams and four inbound ports", n, len(upstreams))
 	}
+	everythingOf(t, dry, got)
+	validate(t, envoy, "with ambassador ports", got)
+
+	got = askAsEnvoy(t, c.xds, bootstrap.Config{
+		Namespace: "shop", Workload: "validator", Instance: "validator-0", ServiceAccount: "default", SDS: "unix:///nowhere",
+		Capture: true, Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("fd00::1")},
+	})
+	for _, name := range []string{"outbound/0.0.0.0:15001", "outbound/[::]:15001"} {
+		if got[listenerType][name] == nil {
+			t.Errorf("an Envoy that captures has no listener %s", name)
+		}
+	}
+	if len(got[clusterType]) < len(dry[clusterType]) {
+		t.Errorf("an Envoy that captures is given %d of %d clusters", len(got[clusterType]), len(dry[clusterType]))
+	}
+	validate(t, envoy, "in a captured pod", got)
+}
+
+// everythingOf reports what a dry run shows and an Envoy that calls all is not
+// given.
+func everythingOf(t *testing.T, dry map[string][]string, got map[string]map[string]*anypb.Any) {
+	t.Helper()
 	for typeURL, names := range dry {
 		if typeURL == listenerType {
 			continue // an Envoy's listeners are its own
@@ -112,7 +136,10 @@ func validates(t *testing.T, envoy string, folder map[string]string) {
 			}
 		}
 	}
+}
 
+func validate(t *testing.T, envoy, what string, got map[string]map[string]*anypb.Any) {
+	t.Helper()
 	b, err := proto.Marshal(static(t, got))
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +150,7 @@ func validates(t *testing.T, envoy string, folder map[string]string) {
 	}
 	p := launch(t, "envoy --mode validate", envoy, "--mode", "validate", "-c", file, "--disable-hot-restart", "--log-level", "warning")
 	if code := p.exits(t); code != 0 {
-		t.Errorf("Envoy does not take what the control plane makes of the folder:\n%s%s", p.stderr.tail(10), p.stdout.tail(10))
+		t.Errorf("an Envoy %s does not take what the control plane makes of the folder:\n%s%s", what, p.stderr.tail(10), p.stdout.tail(10))
 	}
 }
 
@@ -233,8 +260,9 @@ func askAsEnvoy(t *testing.T, address string, config bootstrap.Config) map[strin
 			}
 		})
 	}
-	slices.Sort(rds)
-	ask(routeType, slices.Compact(rds))
+	if slices.Sort(rds); len(rds) > 0 { // none is no wildcard for routes
+		ask(routeType, slices.Compact(rds))
+	}
 	return got
 }
 
@@ -270,7 +298,7 @@ func eachManager(t *testing.T, l *listenerv3.Listener, f func(*hcmv3.HttpConnect
 // into their clusters, routes into their listeners.
 func static(t *testing.T, got map[string]map[string]*anypb.Any) *bootstrapv3.Bootstrap {
 	t.Helper()
-	out := &bootstrapv3.Bootstrap{StaticResources: &bootstrapv3.Bootstrap_StaticResources{}}
+	out := &bootstrapv3.Bootstrap{StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{secrets(t)}}}
 	for name, r := range got[clusterType] {
 		c := decode(t, r, &clusterv3.Cluster{})
 		if c.GetType() == clusterv3.Cluster_EDS {
@@ -294,10 +322,28 @@ func static(t *testing.T, got map[string]map[string]*anypb.Any) *bootstrapv3.Boo
 		})
 		out.StaticResources.Listeners = append(out.StaticResources.Listeners, l)
 	}
+	out.Node = &corev3.Node{Id: "validator-0.shop", Cluster: "validator"}
 	host, port, _ := net.SplitHostPort(freeAddress(t))
 	n, _ := strconv.ParseUint(port, 10, 16)
 	out.Admin = &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
 		Address: host, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: uint32(n)},
 	}}}}
 	return out
+}
+
+// secrets is the cluster that the bootstrap of an Envoy has for its certificate.
+func secrets(t *testing.T) *clusterv3.Cluster {
+	t.Helper()
+	a, err := anypb.New(&httpv3.HttpProtocolOptions{UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+		ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+			ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
+		},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &clusterv3.Cluster{
+		Name: bootstrap.ClusterSDS, LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: bootstrap.ClusterSDS},
+		TypedExtensionProtocolOptions: map[string]*anypb.Any{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": a},
+	}
 }

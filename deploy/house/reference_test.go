@@ -24,8 +24,13 @@ func TestReferenceIsComplete(t *testing.T) {
 	var flags, metrics, annotations []entry
 	sources(t, func(path string, file *ast.File) {
 		program, _, _ := strings.Cut(path, "/")
-		if program == "program" {
+		switch {
+		case program == "program":
 			program = "all but outrigger"
+		case strings.HasPrefix(path, "sidecar/netinit/"):
+			program = "netinit"
+		case strings.HasPrefix(path, "sidecar/cni/"):
+			program = "outrigger-cni"
 		}
 		if program == "deploy" || program == "golden" { // what only tests have
 			return

@@ -8,7 +8,6 @@
 package audit
 
 import (
-	"bytes"
 	"cmp"
 	"fmt"
 	"slices"
@@ -155,7 +154,7 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 // as its managed fields say; zero where they do not.
 func labelled(meta metav1.ObjectMeta) (at time.Time) {
 	for _, m := range meta.ManagedFields {
-		if m.Time != nil && m.FieldsV1 != nil && bytes.Contains(m.FieldsV1.Raw, []byte(`"f:`+patch.LabelInjection+`":`)) && m.Time.After(at) {
+		if m.Time != nil && m.FieldsV1 != nil && strings.Contains(m.FieldsV1.GetRawString(), `"f:`+patch.LabelInjection+`":`) && m.Time.After(at) {
 			at = m.Time.Time
 		}
 	}

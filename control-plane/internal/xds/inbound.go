@@ -31,6 +31,10 @@ func InboundListenerName(namespace, pod string) string {
 	return bootstrap.Config{Namespace: namespace, Instance: pod}.InboundName()
 }
 
+// maxEarlyData is what Envoy takes of a caller before it connects to the
+// application.
+const maxEarlyData = 64 << 10
+
 // instanceSet is what was built for one pod, and from what.
 type instanceSet struct {
 	instance *mesh.Instance
@@ -42,7 +46,8 @@ func buildInstance(in *mesh.Instance, dp DataPlane, old *instanceSet) (*instance
 	if old != nil && reflect.DeepEqual(old.instance, in) {
 		return old, nil
 	}
-	out := &instanceSet{instance: in}
+	own := *in // else all the pods of a mesh stay in memory with one that is taken over
+	out := &instanceSet{instance: &own}
 	if dp != Outrigger {
 		return out, nil // an Envoy's listeners are in its view
 	}
@@ -135,7 +140,13 @@ func inboundRequests(name string, authz authorizations, dp DataPlane, tune tune)
 // inboundBytes carries whatever comes to the application, as far as those who call
 // may.
 func inboundBytes(name string, authz authorizations, dp DataPlane, tune tune) *listenerv3.FilterChain {
-	c := proxied(tune, &tcpproxyv3.TcpProxy{StatPrefix: name, ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: clusterInbound}})
+	t := &tcpproxyv3.TcpProxy{StatPrefix: name, ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: clusterInbound}}
+	if dp == Envoy && authz.enforced() {
+		// Envoy judges a connection at the first byte that the caller sends. Until then
+		// the application must not hear of it, or what it says first would get out.
+		t.UpstreamConnectMode, t.MaxEarlyDataBytes = tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_DATA, wrapperspb.UInt32(maxEarlyData)
+	}
+	c := proxied(tune, t)
 	c.Filters = append(authz.ofConnections(dp), c.GetFilters()...)
 	return c
 }

@@ -64,7 +64,12 @@ func (as authorizations) verdicts(requests bool, dp DataPlane) []verdicts {
 	return out
 }
 
-// rbac is nil where no policy is of the action and mode.
+// enforced reports whether somebody may be turned away.
+func (as authorizations) enforced() bool {
+	return as.rbac(mesh.Deny, false, false) != nil || as.rbac(mesh.Allow, false, false) != nil
+}
+
+// rbac is nil where no policy is of the action and mode, or none could deny.
 func (as authorizations) rbac(action mesh.Action, observe, requests bool) *rbacv3.RBAC {
 	var out *rbacv3.RBAC
 	for _, a := range as {
@@ -83,6 +88,9 @@ func (as authorizations) rbac(action mesh.Action, observe, requests bool) *rbacv
 		if len(a.Rules) == 0 && action == mesh.Allow {
 			putRule(out.Policies, a.Policy, "", &rbacv3.Policy{Permissions: []*rbacv3.Permission{never()}, Principals: []*rbacv3.Principal{anybody()}})
 		}
+	}
+	if action == mesh.Deny && len(out.GetPolicies()) == 0 {
+		return nil
 	}
 	return out
 }
@@ -231,8 +239,11 @@ func AuthorizationParity(a mesh.Authorization) []ParityNote {
 	if a.Observe {
 		p.note("mode", Approximated, "what would have been denied is counted in Envoy's shadow statistics, and not logged", Ignored, noProxy)
 	}
-	p.note("action", Approximated, "connections that are no requests are judged at the first byte that the caller sends, which a server that speaks first does not wait for",
-		Ignored, noProxy)
+	support, detail := Approximated, "connections that are no requests are judged at the first byte that the caller sends: a server that speaks first is not heard, unless the policy observes only"
+	if a.Observe {
+		support, detail = Honoured, ""
+	}
+	p.note("action", support, detail, Ignored, noProxy)
 	if slices.ContainsFunc(a.Rules, func(r mesh.AuthorizationRule) bool { return len(r.Methods)+len(r.Paths) > 0 }) {
 		p.note("rules.to", Approximated, "what comes over mutual TLS to a port of unknown protocol is carried as bytes, of which no method and no path is known: Deny matches, Allow does not",
 			Ignored, noProxy)

@@ -3,7 +3,9 @@ package xds_test
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -412,6 +414,20 @@ func TestEnvoyViewTakesOverWhatDidNotChange(t *testing.T) {
 			t.Errorf("%s taken over: %v", name, same)
 		}
 	}
+	// Its namespace has routes of its own, so that the listener leads elsewhere.
+	m := of("http")
+	m.Services[1].Ports[0].Consumers = []mesh.Consumer{{Namespace: "shop", Routes: []mesh.Route{{Backends: []mesh.Backend{{Namespace: "shop", Service: "other", Port: 80, Weight: 1}}}}}}
+	three, err := xds.Build(m, xds.Envoy, two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := three.EnvoyView(n, after)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := own.Listeners[changed].Reaches; !slices.Equal(got, []string{"shop/other:80"}) {
+		t.Errorf("%s reaches %v", changed, got)
+	}
 	other := n
 	other.ServiceAccount = "thief"
 	v, err := two.EnvoyView(other, nil)
@@ -425,5 +441,135 @@ func TestEnvoyViewTakesOverWhatDidNotChange(t *testing.T) {
 		if v.Listeners[name] != after.Listeners[name] || v.Listeners[name] == nil {
 			t.Errorf("%s is made for each node", name)
 		}
+	}
+}
+
+// Whatever was built before, what is built is what would be built from nothing,
+// and a node's view too.
+func TestEveryHistoryGivesTheSame(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	some := func() bool { return random.IntN(2) == 0 }
+	service := func(i int) *mesh.Service {
+		s := shop().Services[0]
+		s.Name = "s" + string(rune('0'+i))
+		p := &s.Ports[0]
+		if some() {
+			s.VIPs = []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 0, byte(i)})}
+		}
+		for j := range random.IntN(3) {
+			mtls := some()
+			p.Endpoints = append(p.Endpoints, mesh.Endpoint{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, 0, byte(i%2*4 + j)}), 80), Ready: some(), MTLS: mtls})
+			if mtls {
+				p.Identities = []string{"spiffe://cluster.local/ns/shop/sa/s"}
+			}
+		}
+		if some() {
+			p.Protocol = mesh.Unknown
+		}
+		if some() {
+			p.Consumers = []mesh.Consumer{{Namespace: "front", Routes: []mesh.Route{{Name: "r", Backends: []mesh.Backend{{Namespace: "shop", Service: "s1", Port: 80, Weight: 1}}}}}}
+		}
+		return &s
+	}
+	instance := func(name string) *mesh.Instance {
+		in := &mesh.Instance{Namespace: "front", Name: name, MTLS: mesh.Strict}
+		if some() {
+			in.Authorizations = []mesh.Authorization{{Policy: "front/p", Action: mesh.Allow, Ports: []uint16{uint16(random.IntN(2) + 1)}}}
+		}
+		return in
+	}
+	services, instances := make([]*mesh.Service, 4), make([]*mesh.Instance, 2)
+	next := func() *mesh.Mesh { // in which one thing has changed, or gone
+		if i := random.IntN(6); i < 4 {
+			if services[i] = nil; random.IntN(4) > 0 {
+				services[i] = service(i)
+			}
+		} else if instances[i-4] = nil; random.IntN(4) > 0 {
+			instances[i-4] = instance(string(rune('a' + i - 4)))
+		}
+		m := &mesh.Mesh{TrustDomain: "cluster.local"}
+		for _, s := range services {
+			if s != nil {
+				m.Services = append(m.Services, *s)
+			}
+		}
+		for _, in := range instances {
+			if in != nil {
+				m.Instances = append(m.Instances, *in)
+			}
+		}
+		return m
+	}
+	n := xds.EnvoyNode{
+		Namespace: "front", Workload: "a", Instance: "a", Certificates: true, Capture: true, Addresses: []netip.Addr{netip.MustParseAddr("10.2.0.1")},
+		Upstreams: []bootstrap.Upstream{{Service: "s0", Namespace: "shop", Port: 80, Listen: netip.MustParseAddrPort("127.0.0.1:4001")}},
+	}
+	prev := map[xds.DataPlane]*xds.Set{}
+	var view *xds.EnvoyView
+	for range 200 {
+		m := next()
+		for _, dp := range xds.DataPlanes() {
+			fresh, err := xds.Build(m, dp, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set, err := xds.Build(m, dp, prev[dp])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if set.Version() != fresh.Version() {
+				t.Fatalf("%s: %+v", dp, m)
+			}
+			prev[dp] = set
+			if dp != xds.Envoy {
+				continue
+			}
+			freshView, err := fresh.EnvoyView(n, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if view, err = set.EnvoyView(n, view); err != nil {
+				t.Fatal(err)
+			}
+			if !view.Equal(freshView) {
+				t.Fatalf("view: %+v", m)
+			}
+			for name, l := range view.Listeners {
+				if !slices.Equal(l.Reaches, freshView.Listeners[name].Reaches) {
+					t.Fatalf("%s reaches %v, want %v", name, l.Reaches, freshView.Listeners[name].Reaches)
+				}
+			}
+		}
+	}
+}
+
+func BenchmarkBuild(b *testing.B) {
+	m := &mesh.Mesh{TrustDomain: "cluster.local"}
+	for i := range 1000 {
+		s := shop("10.1.0.1:80", "10.1.0.2:80").Services[0]
+		s.Name = fmt.Sprintf("s%04d", i)
+		s.VIPs = []netip.Addr{netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)})}
+		m.Services = append(m.Services, s)
+		m.Instances = append(m.Instances, mesh.Instance{Namespace: "shop", Name: s.Name, MTLS: mesh.Strict})
+	}
+	for _, dp := range xds.DataPlanes() {
+		first, err := xds.Build(m, dp, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run(string(dp)+"/fresh", func(b *testing.B) {
+			for b.Loop() {
+				if _, err := xds.Build(m, dp, nil); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+		b.Run(string(dp)+"/unchanged", func(b *testing.B) {
+			for b.Loop() {
+				if _, err := xds.Build(m, dp, first); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

@@ -18,7 +18,7 @@ app.kubernetes.io/part-of: outrigger
 {{- define "outrigger.image" -}}
 {{- with .root.Values.image.registry }}{{ . }}/{{ end -}}
 {{ .image.repository }}
-{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}{{ end }}
+{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .root.Values.image.tag | default (.root.Chart.AppVersion | replace "+" "_") }}{{ end }}
 {{- end }}
 
 {{- define "outrigger.pullSecrets" -}}

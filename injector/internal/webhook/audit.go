@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -95,7 +96,7 @@ func (a *Auditor) Run(ctx context.Context) error {
 		for {
 			select {
 			case lease := <-leading:
-				a.audits(lease)
+				a.audits(lease) //nolint:contextcheck // it is ctx until the Lease ends
 			case <-ctx.Done():
 				return
 			}
@@ -151,7 +152,7 @@ func (a *Auditor) audit(ctx context.Context) {
 	defer cancel()
 	report, err := a.Look(ctx)
 	if err != nil {
-		if ctx.Err() == nil || context.Cause(ctx) == context.DeadlineExceeded { //nolint:errorlint // a context's own error
+		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			a.failures.Inc()
 			a.log.Warn("pods could not be audited", "error.message", err.Error())
 		}

@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -113,7 +114,7 @@ func (e *Events) write(ctx context.Context, ev Event) {
 		e.results.WithLabelValues("written").Inc()
 	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
 		e.results.WithLabelValues("dropped").Inc()
-	case ctx.Err() == nil || ctx.Err() == context.DeadlineExceeded: //nolint:errorlint // a context's own error
+	case ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded):
 		e.results.WithLabelValues("failed").Inc()
 		delete(e.said, ev)
 		e.log.Warn("an Event could not be written", "event.reason", ev.Reason, "kubernetes.namespace", ev.About.Namespace, "error.message", err.Error())

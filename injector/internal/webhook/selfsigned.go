@@ -27,7 +27,7 @@ import (
 
 // Names that the chart gives the objects.
 const (
-	DefaultSecret        = "outrigger-injector-certificate" //nolint:gosec // a name
+	DefaultSecret        = "outrigger-injector-certificate"
 	DefaultConfiguration = "outrigger-injector"
 )
 

@@ -37,6 +37,8 @@ type Server struct {
 	Detected func() any
 	// Probes of the application; nil where none are led here.
 	Probes *Probes
+	// Captured is what is called by address, as JSON; nil where nothing is captured.
+	Captured func() any
 	// Drain begins to drain; Quit ends the program.
 	Drain, Quit func()
 }
@@ -70,6 +72,9 @@ func (s *Server) Admin() http.Handler {
 	mux.HandleFunc("GET /debug/breakers", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.breakers()) })
 	mux.HandleFunc("GET /debug/breakers/{id}", s.evidence)
 	mux.HandleFunc("GET /debug/detected", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.Detected()) })
+	if s.Captured != nil {
+		mux.HandleFunc("GET /debug/captured", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.Captured()) })
+	}
 	mux.HandleFunc("GET /debug/path", func(w http.ResponseWriter, _ *http.Request) { answer(w, proxy.Layers()) })
 	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, _ *http.Request) {
 		s.Drain()

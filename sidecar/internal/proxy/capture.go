@@ -27,8 +27,8 @@ const (
 	// maxCaptured bounds the captured destinations that the control plane is asked
 	// about at a time, below xdsclient.MaxWanted.
 	maxCaptured = 1000
-	// maxApplications bounds the ports of the application that are remembered: a
-	// stranger may try them all.
+	// maxApplications bounds the ports of the application that are remembered, beside
+	// those that the control plane names: a stranger may try them all.
 	maxApplications = 256
 	// answerTimeout is how long the first connection to an address waits for the
 	// control plane to say what is behind it.
@@ -125,12 +125,15 @@ func (cp *Capture) Restore(keys []string) {
 	now := time.Now()
 	for _, key := range keys {
 		if to, err := netip.ParseAddrPort(key); err == nil {
-			if pl := cp.called.take(to, now); pl != nil {
+			if pl := cp.called.take(to, false, now); pl != nil {
 				cp.called.leave(pl, now)
 			}
 		}
 	}
 }
+
+// Captured is what the application calls, by address.
+func (cp *Capture) Captured() []CapturedDestination { return cp.called.list() }
 
 // Redirected says why the pod's traffic is not known to be redirected here; nil
 // when it is.
@@ -195,10 +198,10 @@ func (cp *Capture) serveOutbound(ctx context.Context, c *listener.Conn) {
 		cp.refuse(c, true, c.Local(), "not_redirected", err.Error())
 		return
 	case cp.loops(c, to), cp.isOwn(c.Remote()):
-		cp.refuse(c, true, to, "loop", "the connection leads back to the proxy: call the application's own port, and run the proxy as the user that netinit was told")
+		cp.refuse(c, true, to, "loop", loop)
 		return
 	}
-	pl := cp.called.take(to, time.Now())
+	pl := cp.called.take(to, false, time.Now())
 	if pl == nil {
 		cp.passthrough(ctx, c, to, "limit")
 		return
@@ -207,6 +210,10 @@ func (cp *Capture) serveOutbound(ctx context.Context, c *listener.Conn) {
 	if reason != "" {
 		// It is not needed any more: what lasts for days must not keep a place.
 		cp.called.leave(pl, time.Now())
+		if cp.isOwn(c.Remote()) { // the connection may have been quicker than who made it
+			cp.refuse(c, true, to, "loop", loop)
+			return
+		}
 		cp.passthrough(ctx, c, to, reason)
 		return
 	}
@@ -214,6 +221,8 @@ func (cp *Capture) serveOutbound(ctx context.Context, c *listener.Conn) {
 	way := cp.wayTo(pl, d)
 	way.serve(ctx, c, nil, way.outboundTarget)
 }
+
+const loop = "the connection leads back to the proxy: call the application's own port, and run the proxy as the user that netinit was told"
 
 // ask is what the control plane says of a captured address, waited for where it
 // is new. The reason is not empty where it is none of the mesh's.
@@ -295,7 +304,8 @@ func (cp *Capture) serveInbound(ctx context.Context, c *listener.Conn) {
 	case bootstrap.MTLSPermissive:
 		mutual = cp.permissive
 	}
-	pl := cp.served.take(to, time.Now())
+	_, named := in.Ports[to.Port()]
+	pl := cp.served.take(to, named, time.Now())
 	if pl == nil {
 		cp.refuse(c, false, to, "limit", "connections to "+strconv.Itoa(maxApplications)+" ports of the application are open already")
 		return
@@ -421,6 +431,13 @@ func (cp *Capture) check(ctx context.Context) {
 func (cp *Capture) checkOne(ctx context.Context, to netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
+	// Binding is enough to see that the address is there.
+	var binder net.ListenConfig
+	source, err := binder.ListenPacket(ctx, "udp", netip.AddrPortFrom(SourceFor(to.Addr()), 0).String())
+	if err != nil {
+		return fmt.Errorf("the address from which the application is called is not there: %w: has netinit run, which adds it to lo?", err)
+	}
+	_ = source.Close()
 	var dialer net.Dialer
 	c, err := dialer.DialContext(ctx, "tcp", to.String())
 	if err != nil {

@@ -9,10 +9,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/outrigger-mesh/outrigger/sidecar/bootstrap"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
@@ -163,6 +166,9 @@ func capturing(t *testing.T, identity *mtlstest.CA) *captured {
 			t.Errorf("Serve: %v", err)
 		}
 	})
+	if os.Getenv(lostEnv) != "" {
+		return c
+	}
 	end := time.Now().Add(30 * time.Second)
 	for c.capture.Redirected() != nil {
 		if time.Now().After(end) {
@@ -243,6 +249,13 @@ func TestPodServiceCall(t *testing.T) {
 		if n := c.world.times(vip); n != 1 {
 			t.Errorf("%s was asked for %d times", vip, n)
 		}
+	}
+	var captured []string
+	for _, d := range c.capture.Captured() {
+		captured = append(captured, fmt.Sprintf("%s is %s", d.Address, d.Service))
+	}
+	if diff := cmp.Diff([]string{"10.96.0.10:80 is shop/four:80", "[fd96::10]:80 is shop/six:80"}, captured); diff != "" {
+		t.Error(diff)
 	}
 	// By name and port the metrics know the service, whatever address was called.
 	c.counts("outrigger_request_attempts_total", "four.shop.svc original 2;four.shop.svc retry 0;six.shop.svc original 2;six.shop.svc retry 0;")
@@ -475,5 +488,38 @@ func TestPodManyAtOnce(t *testing.T) {
 	}
 	if n := c.world.times("10.96.0.10:80"); n != 1 {
 		t.Errorf("asked for %d times", n)
+	}
+}
+
+func TestLostSidecarSaysSoAndDoesNotCallItselfForEver(t *testing.T) {
+	c := capturing(t, nil)
+	r := c.app.do(t, order{Do: "say", To: "203.0.113.5:25"})
+	if r.Err == "" || r.Got != "" {
+		t.Errorf("%+v; want it closed", r)
+	}
+	chain, refused := 0, false
+	for end := time.Now().Add(20 * time.Second); !refused && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		chain = 0
+		c.mu.Lock()
+		for _, l := range c.lines {
+			if l["outrigger.destination"] == "203.0.113.5:25" {
+				chain++
+				refused = refused || strings.HasPrefix(fmt.Sprint(l["error.message"]), "loop: ")
+			}
+		}
+		c.mu.Unlock()
+	}
+	if !refused || chain > 1000 {
+		t.Errorf("refused: %t; connections for one: %d", refused, chain)
+	}
+	t.Logf("%d connections for one; the application saw %+v", chain, r)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := c.capture.Redirected()
+		if err != nil && strings.Contains(err.Error(), "as the user that it was told") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it says of the redirection: %v", err)
+		}
 	}
 }

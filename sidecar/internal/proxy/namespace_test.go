@@ -2,14 +2,12 @@ package proxy_test
 
 import (
 	"bufio"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -19,9 +17,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"go.uber.org/goleak"
+
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/listener/redirecttest"
 )
 
 // The tests of capture run in a network namespace of their own, with real rules
@@ -29,6 +27,8 @@ import (
 // user, beside it; and a peer, in a namespace behind a veth, which has the
 // addresses of everybody else.
 const (
+	// lostEnv has the rules made for another user than the sidecar's.
+	lostEnv = "OUTRIGGER_TEST_LOST"
 	roleEnv = "OUTRIGGER_TEST_ROLE" // pod: the test in its namespace; app and peer: the others
 
 	podIPv4, podIPv6 = "10.1.0.2", "fd01::2"
@@ -51,13 +51,26 @@ func TestMain(m *testing.M) {
 
 // TestCapture runs the tests of capture in a namespace.
 func TestCapture(t *testing.T) {
+	inNamespace(t, "^TestPod", "--- PASS: TestPodServiceCall")
+}
+
+// Rules that redirect the sidecar's own connections would have it call itself for
+// ever.
+func TestCaptureByTheWrongUser(t *testing.T) {
+	t.Setenv(lostEnv, "1")
+	inNamespace(t, "^TestLost", "--- PASS: TestLostSidecarSaysSoAndDoesNotCallItselfForEver")
+}
+
+// inNamespace runs other tests of this program in a network namespace.
+func inNamespace(t *testing.T, tests, passed string) {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("SKIPPED: a network namespace needs root: nothing of capture was tested")
 	}
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Skip("SKIPPED: there is no program ip: nothing of capture was tested")
 	}
-	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestPod", "-test.v", "-test.timeout=300s")
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run="+tests, "-test.v", "-test.timeout=300s")
 	cmd.Env = append(os.Environ(), roleEnv+"=pod")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	out, err := cmd.CombinedOutput()
@@ -67,7 +80,7 @@ func TestCapture(t *testing.T) {
 	if strings.Contains(string(out), noRules) {
 		t.Skip("SKIPPED: " + noRules + ": nothing of capture was tested")
 	}
-	if err != nil || !strings.Contains(string(out), "--- PASS: TestPodServiceCall") {
+	if err != nil || !strings.Contains(string(out), passed) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	if testing.Verbose() {
@@ -145,11 +158,7 @@ func hands(role string) error {
 	}
 	clients, conns := map[string]*http.Client{}, map[string]net.Conn{}
 	in, out := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)
-	for {
-		var o order
-		if err := in.Decode(&o); err != nil {
-			return nil // the test has ended
-		}
+	for o := (order{}); in.Decode(&o) == nil; o = (order{}) { // until the test has ended
 		began := time.Now()
 		r := obey(&o, clients, conns)
 		r.Took = time.Since(began)
@@ -157,6 +166,7 @@ func hands(role string) error {
 			return err
 		}
 	}
+	return nil
 }
 
 func obey(o *order, clients map[string]*http.Client, conns map[string]net.Conn) (r report) {
@@ -241,7 +251,6 @@ func obey(o *order, clients map[string]*http.Client, conns map[string]net.Conn) 
 
 // other is another process.
 type other struct {
-	t   testing.TB
 	in  *json.Encoder
 	out *json.Decoder
 }
@@ -343,60 +352,14 @@ ip link set peer0 up`}); err != nil {
 	if err := peer.out.Decode(&r); err != nil || r.Err != "" {
 		return nil, fmt.Errorf("peer: %w %s", err, r.Err)
 	}
-	if err := redirect(os.Getuid()); err != nil {
+	uid := os.Getuid()
+	if os.Getenv(lostEnv) != "" {
+		uid = 1337
+	}
+	if err := redirecttest.Set(uid); err != nil {
 		fmt.Println(noRules+":", err)
 		return nil, err
 	}
 	app, _, err := startOther("app", 0)
 	return &pod{app, peer}, err
-}
-
-// redirect sets the rules that netinit sets, where the proxy's user is uid.
-func redirect(uid int) error {
-	nft, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	family := func(f nftables.TableFamily, source, loopback netip.Prefix, from, to, size uint32) {
-		table := nft.AddTable(&nftables.Table{Family: f, Name: "outrigger"})
-		chain := func(name string, hook *nftables.ChainHook) *nftables.Chain {
-			return nft.AddChain(&nftables.Chain{Table: table, Name: name, Type: nftables.ChainTypeNAT, Hooknum: hook, Priority: nftables.ChainPriorityNATDest})
-		}
-		meta := func(key expr.MetaKey, want []byte) []expr.Any {
-			return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: want}}
-		}
-		address := func(offset uint32, op expr.CmpOp, p netip.Prefix) []expr.Any {
-			mask := net.CIDRMask(p.Bits(), int(size)*8)
-			return []expr.Any{
-				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size},
-				&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: size, Mask: mask, Xor: make([]byte, size)},
-				&expr.Cmp{Op: op, Register: 1, Data: p.Addr().AsSlice()},
-			}
-		}
-		leave := []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}
-		redirectTo := func(port uint16) []expr.Any {
-			return []expr.Any{&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, port)}, &expr.Redir{RegisterProtoMin: 1}}
-		}
-		tcp := meta(expr.MetaKeyL4PROTO, []byte{syscall.IPPROTO_TCP})
-		lo := meta(expr.MetaKeyOIFNAME, append([]byte("lo"), make([]byte, 14)...))
-		proxy := meta(expr.MetaKeySKUID, binary.NativeEndian.AppendUint32(nil, uint32(uid)))
-		add := func(c *nftables.Chain, parts ...[]expr.Any) {
-			var all []expr.Any
-			for _, p := range parts {
-				all = append(all, p...)
-			}
-			nft.AddRule(&nftables.Rule{Table: table, Chain: c, Exprs: all})
-		}
-		output := chain("output", nftables.ChainHookOutput)
-		add(output, lo, address(from, expr.CmpOpEq, source), leave)
-		add(output, tcp, lo, proxy, address(to, expr.CmpOpNeq, loopback), redirectTo(15006))
-		add(output, lo, leave)
-		add(output, proxy, leave)
-		add(output, address(to, expr.CmpOpEq, loopback), leave)
-		add(output, tcp, redirectTo(15001))
-		add(chain("prerouting", nftables.ChainHookPrerouting), tcp, redirectTo(15006))
-	}
-	family(nftables.TableFamilyIPv4, netip.MustParsePrefix("127.0.0.6/32"), netip.MustParsePrefix("127.0.0.0/8"), 12, 16, 4)
-	family(nftables.TableFamilyIPv6, netip.MustParsePrefix("::6/128"), netip.MustParsePrefix("::1/128"), 8, 24, 16)
-	return nft.Flush()
 }

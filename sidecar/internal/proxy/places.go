@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,13 +42,13 @@ type places struct {
 }
 
 // take is the place of to, for one connection, which leave ends. Nil where there
-// is no room.
-func (ps *places) take(to netip.AddrPort, now time.Time) *place {
+// is no room; what is always served has room.
+func (ps *places) take(to netip.AddrPort, always bool, now time.Time) *place {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	pl := ps.m[to]
 	if pl == nil {
-		if len(ps.m) >= ps.max && !ps.evict() {
+		if len(ps.m) >= ps.max && !ps.evict() && !always {
 			return nil
 		}
 		pl = &place{to: to, key: to.String()}
@@ -92,6 +94,32 @@ func (ps *places) len() int {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	return len(ps.m)
+}
+
+// CapturedDestination is an address that the application calls.
+type CapturedDestination struct {
+	Address string `json:"address"`
+	// Service that has it, <namespace>/<service>:<port>; empty where none has, or
+	// nothing is known yet.
+	Service     string    `json:"service,omitempty"`
+	Connections int       `json:"connections"` // that go by the service
+	Used        time.Time `json:"used"`        // when a connection began or ended last
+}
+
+// list is in the order of addresses.
+func (ps *places) list() []CapturedDestination {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	out := make([]CapturedDestination, 0, len(ps.m))
+	for _, pl := range ps.m {
+		d := CapturedDestination{Address: pl.key, Connections: pl.users, Used: pl.used}
+		if way := pl.way.Load(); way != nil && !pl.foreign {
+			d.Service = way.key
+		}
+		out = append(out, d)
+	}
+	slices.SortFunc(out, func(a, b CapturedDestination) int { return strings.Compare(a.Address, b.Address) })
+	return out
 }
 
 // sweep forgets what nobody has used since before.

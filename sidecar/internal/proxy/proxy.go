@@ -6,6 +6,10 @@
 // decisions and carry them out on connections that upstream lends. The proxy
 // knows HTTP through http1 only, and nothing of xDS.
 //
+// What is redirected here has neither list of its own nor one destination:
+// capture.go finds out for each connection where it was going, takes one of the
+// two paths for what the mesh knows, and has passthrough.go carry the rest.
+//
 // Every connection has one goroutine, owned by listener.Group. While a request
 // body that did not come at once is sent on, it has a second one, which the
 // first waits for.

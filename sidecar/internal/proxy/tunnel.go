@@ -258,6 +258,7 @@ func stuckWrite(err error) error {
 type readiness struct {
 	raw  syscall.RawConn
 	peek func(fd uintptr) bool
+	err  error // that peek met: the system tells of a reset once
 }
 
 // newReadiness is nil where c is closed already, which the copy will find.
@@ -266,15 +267,27 @@ func newReadiness(c *net.TCPConn) *readiness {
 	if err != nil {
 		return nil
 	}
-	return &readiness{raw, func(fd uintptr) bool {
+	r := &readiness{raw: raw}
+	r.peek = func(fd uintptr) bool {
 		var one [1]byte
-		_, _, err := syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		return !errors.Is(err, syscall.EAGAIN) && !errors.Is(err, syscall.EINTR)
-	}}
+		_, _, r.err = syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		return !errors.Is(r.err, syscall.EAGAIN) && !errors.Is(r.err, syscall.EINTR)
+	}
+	return r
 }
 
-// wait until there is something, or the read deadline has passed.
-func (r *readiness) wait() error { return r.raw.Read(r.peek) }
+// wait until there is something, the connection has failed, or the read deadline
+// has passed.
+func (r *readiness) wait() error {
+	r.err = nil
+	if err := r.raw.Read(r.peek); err != nil {
+		return err
+	}
+	if r.err != nil {
+		return os.NewSyscallError("recvfrom", r.err)
+	}
+	return nil
+}
 
 // splice is one round of carrying in the kernel.
 func splice(dst, src *net.TCPConn) (n int64, culprit net.Conn, err error) {

@@ -181,6 +181,23 @@ func TestAResetIsPassedOn(t *testing.T) {
 }
 
 // A peer that vanishes while it is written to is found by the write.
+// The system tells of a reset once: to who looks whether there is anything to
+// carry, while nothing is.
+func TestAResetOfATunnelThatIdlesIsPassedOn(t *testing.T) {
+	for _, fromServer := range []bool{true, false} {
+		e := between(t, &tunnelling{})
+		from, to, flags := e.client, e.server, accesslog.DC
+		if fromServer {
+			from, to, flags = e.server, e.client, accesslog.UC
+		}
+		abort(from)
+		if n, err := to.Read(make([]byte, 1)); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("reset by the server: %t: the other side sees %d, %v; want a reset", fromServer, n, err)
+		}
+		e.expect(t, flags, 0, 0)
+	}
+}
+
 func TestAPeerThatIsGoneEndsTheOtherSide(t *testing.T) {
 	e := between(t, &tunnelling{})
 	_ = e.client.Close() // an orderly end, behind which nobody reads

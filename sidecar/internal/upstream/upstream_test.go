@@ -453,7 +453,11 @@ func TestAtFindsAnEndpointThatTheCallerChose(t *testing.T) {
 			t.Errorf("At(%s) = %v", ep.Address, e)
 		}
 	}
-	if e := c.At(netip.MustParseAddrPort("10.0.0.2:80")); e != nil {
+	none := netip.MustParseAddrPort("10.0.0.2:80")
+	if n := testing.AllocsPerRun(100, func() { _, _ = c.At(eps[0].Address), c.At(none) }); n != 0 {
+		t.Errorf("At allocates %v times: every request asks", n)
+	}
+	if e := c.At(none); e != nil {
 		t.Errorf("an address that is no endpoint gives %s", e.Name)
 	}
 	c = cs.For(&table.Table{Clusters: map[string]*table.Cluster{"a": {Name: "a"}}}, "a")

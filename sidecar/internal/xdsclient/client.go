@@ -176,7 +176,7 @@ func (c *Client) Forget(keys ...string) {
 // returns the destinations in it that had been captured and led to a service,
 // <IP>:<port>. Those that are wanted again are in the Table as soon as Run runs,
 // whether the control plane is there or not.
-func (c *Client) Restore() (captured []string) {
+func (c *Client) Restore() (keys []string) {
 	c.mu.Lock()
 	loaded := c.loaded
 	c.loaded = true
@@ -188,17 +188,17 @@ func (c *Client) Restore() (captured []string) {
 	defer c.mu.Unlock()
 	for name, r := range c.store.spare[listeners] {
 		key, ok := strings.CutPrefix(name, listenerPrefix)
-		if _, err := netip.ParseAddrPort(key); ok && err == nil && !r.missing {
-			captured = append(captured, key)
+		if ok && captured(key) && !r.missing {
+			keys = append(keys, key)
 		}
 	}
-	slices.Sort(captured)
-	return captured
+	slices.Sort(keys)
+	return keys
 }
 
-// Ready is closed once every destination that is wanted by then has an answer,
-// from the control plane or from the last good configuration, and Run runs. It
-// stays closed.
+// Ready is closed once every destination that is wanted by then has an answer, and
+// so has what is asked of callers, from the control plane or from the last good
+// configuration, and Run runs. Captured destinations do not count. It stays closed.
 func (c *Client) Ready() <-chan struct{} { return c.ready }
 
 // Run keeps the table up to date until ctx ends, reconnecting for ever. All its

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -492,14 +493,21 @@ func (s *store) table() *table.Table {
 	return t
 }
 
+// captured reports whether a key is an address that was called, and not a service.
+func captured(key string) bool {
+	_, err := netip.ParseAddrPort(key)
+	return err == nil
+}
+
 // allAnswered reports whether the wanted destinations are published, or their
-// configuration was rejected, which the control plane has been told.
+// configuration was rejected, which the control plane has been told. Who calls a
+// captured address waits for it alone.
 func (s *store) allAnswered() bool {
 	if l := s.res[listeners][s.inbound]; s.inbound != "" && (l == nil || !l.answered && l.rejected == "") {
 		return false
 	}
 	for key := range s.wanted {
-		if _, ok := s.dests[key]; ok {
+		if _, ok := s.dests[key]; ok || captured(key) {
 			continue
 		}
 		l := s.res[listeners][listenerPrefix+key]
