@@ -222,7 +222,9 @@ func (s *settings) cluster(log *slog.Logger, registry prometheus.Registerer) (*k
 			return nil, fmt.Errorf("--pod-name is missing, and the host has no name: %w", err)
 		}
 	}
-	kube.RouteLogs(log)
+	if !s.rotateRoot { // a command that says what it does itself
+		kube.RouteLogs(log)
+	}
 	c, err := kube.Connect(kube.Options{Kubeconfig: s.kubeconfig, Namespace: s.namespace, Log: log, Registry: registry})
 	if err != nil {
 		return nil, fmt.Errorf("--kubernetes: %w", err)
