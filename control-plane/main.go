@@ -146,6 +146,12 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		issuer.OnChange(roots.Changed)
 	}
 
+	var status *kube.Status
+	if cluster != nil {
+		status = cluster.WriteStatus(kube.StatusOptions{Pod: s.podName, State: loop.State})
+		loop.OnBuild(status.Changed)
+	}
+
 	bound, err := s.listen(ctx)
 	if err != nil {
 		return err
@@ -181,6 +187,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	}
 	if cluster != nil {
 		add(cluster.Run)
+		add(status.Run)
 	}
 	add(func(ctx context.Context) error {
 		// What is built from half of the objects takes services from those who use
