@@ -152,7 +152,7 @@ func (t *tracker) progress(k streamKey, types map[string]bool, concerned func(na
 				p.behind = p.behind || !xds.SameContent(cur.Version, ts.acked[name])
 				if ts.refused(name) {
 					p.rejected = true
-					p.reason = cmp.Or(p.reason, ts.nack.reasonFor(name))
+					p.reason = cmp.Or(p.reason, ts.reasonFor(name))
 				}
 				seen[i] = p
 			}
@@ -187,17 +187,22 @@ func (ts *typeState) refused(name string) bool {
 	return ok
 }
 
-// reasonFor is the reason, where it may be about the resource: a response is
-// refused as a whole, and good words name what is at fault.
-func (n *Nack) reasonFor(name string) string {
-	if !strings.Contains(n.Reason, name) {
-		for other := range n.Resources {
-			if strings.Contains(n.Reason, other) {
+// reasonFor is the reason of a refusal, where it may be about the resource: a
+// response is refused as a whole, and good words name what is at fault.
+func (ts *typeState) reasonFor(name string) string {
+	reason := ts.nack.Reason
+	if !strings.Contains(reason, name) {
+		for other := range ts.names {
+			if strings.Contains(reason, other) {
+				return ""
+			}
+		}
+		for other := range ts.nack.Resources {
+			if strings.Contains(reason, other) {
 				return ""
 			}
 		}
 	}
-	reason := n.Reason
 	if len(reason) > maxReason {
 		reason = strings.ToValidUTF8(reason[:maxReason], "") + "..."
 	}
