@@ -66,10 +66,10 @@ func (l leader) run(ctx context.Context, work func(context.Context)) error {
 func (l leader) term(ctx context.Context, leases coordinationclient.LeasesGetter, work func(context.Context)) error {
 	led := make(chan context.Context, 1)
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: &resourcelock.LeaseLock{
+		Lock: &tellingLock{c: l.c, Interface: &resourcelock.LeaseLock{
 			LeaseMeta: metav1.ObjectMeta{Namespace: l.c.o.Namespace, Name: LeaseName}, Client: leases,
 			LockConfig: resourcelock.ResourceLockConfig{Identity: l.identity},
-		},
+		}},
 		LeaseDuration: l.lease, RenewDeadline: l.part(renewWithin), RetryPeriod: l.part(renewEvery), ReleaseOnCancel: true, Name: LeaseName,
 		Callbacks: leaderelection.LeaderCallbacks{
 			OnStartedLeading: func(ctx context.Context) { led <- ctx },
@@ -103,4 +103,45 @@ func (l leader) term(ctx context.Context, leases coordinationclient.LeasesGetter
 		l.leads(false)
 	}
 	return nil
+}
+
+// tellingLock says in the log why there is no leader: the elector says it at a
+// level that nobody sees. That the API server is away is told elsewhere.
+type tellingLock struct {
+	resourcelock.Interface
+	c *Cluster
+
+	mu   sync.Mutex
+	said time.Time
+}
+
+func (l *tellingLock) note(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now := time.Now(); refused(err) && now.Sub(l.said) >= sayAwayEvery {
+		l.said = now
+		l.c.log.Warn("no leader can be elected, so that no status is written; let the control plane's Role create leases, and get and update the one of this name, in its namespace",
+			"orchestrator.resource.name", LeaseName, "orchestrator.namespace", l.c.o.Namespace, "error.message", err.Error())
+	}
+}
+
+// Get implements resourcelock.Interface.
+func (l *tellingLock) Get(ctx context.Context) (*resourcelock.LeaderElectionRecord, []byte, error) {
+	r, raw, err := l.Interface.Get(ctx)
+	l.note(err)
+	return r, raw, err
+}
+
+// Create implements resourcelock.Interface.
+func (l *tellingLock) Create(ctx context.Context, r resourcelock.LeaderElectionRecord) error {
+	err := l.Interface.Create(ctx, r)
+	l.note(err)
+	return err
+}
+
+// Update implements resourcelock.Interface.
+func (l *tellingLock) Update(ctx context.Context, r resourcelock.LeaderElectionRecord) error {
+	err := l.Interface.Update(ctx, r)
+	l.note(err)
+	return err
 }

@@ -158,7 +158,7 @@ func (s *Status) lead(ctx context.Context) {
 	defer tick.Stop()
 	t.count(ctx)
 	for {
-		t.work(ctx)
+		t.work(ctx, tick.C)
 		select {
 		case <-ctx.Done():
 			return
@@ -175,26 +175,29 @@ func (t *term) count(ctx context.Context) {
 		return
 	}
 	t.totals = t.o.Reports.sum(ctx)
+	t.events.told(ctx, t.totals)
 }
 
-// work writes what is due. It begins anew when the State changes, because what is
-// wrong goes before what is counted.
-func (t *term) work(ctx context.Context) {
-	for again := true; again && ctx.Err() == nil; {
-		again = false
-		for _, j := range t.due(time.Now()) {
-			if t.limiter.Wait(ctx) != nil {
-				return
-			}
-			t.write(ctx, j)
-			select {
-			case <-t.changed:
-				again = true
-			default:
-			}
-			if again {
-				break
-			}
+// work writes what is due. It begins anew when there is a new State or new counts,
+// because what is wrong goes before what is counted, and what changes in between
+// need not be written.
+func (t *term) work(ctx context.Context, tick <-chan time.Time) {
+	jobs := t.due(time.Now())
+	for len(jobs) > 0 {
+		if t.limiter.Wait(ctx) != nil {
+			return
+		}
+		t.write(ctx, jobs[0])
+		jobs = jobs[1:]
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick:
+			t.count(ctx)
+			jobs = t.due(time.Now())
+		case <-t.changed:
+			jobs = t.due(time.Now())
+		default:
 		}
 	}
 }
@@ -406,6 +409,17 @@ func (s *Source) written() []statusRow {
 		}
 	}
 	return out
+}
+
+func (s *Source) object(k objectKey) (client.Object, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	t := s.tables[k.kind]
+	if t == nil {
+		return nil, false
+	}
+	r, ok := t.rows[k.NamespacedName]
+	return r.object, ok
 }
 
 type statusMetrics struct {
