@@ -21,6 +21,7 @@ import (
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
@@ -147,8 +148,12 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	}
 
 	var status *kube.Status
+	var reports *kube.Reports
 	if cluster != nil {
-		status = cluster.WriteStatus(kube.StatusOptions{Pod: s.podName, State: loop.State})
+		reports = cluster.CollectReports(kube.ReportsOptions{
+			Pod: s.podName, TrustDomain: s.trustDomain, State: loop.State, Progress: server.Progress, Nodes: server.Nodes,
+		})
+		status = cluster.WriteStatus(kube.StatusOptions{Pod: s.podName, State: loop.State, Reports: reports})
 		loop.OnBuild(status.Changed)
 	}
 
@@ -159,7 +164,13 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	var secure []discovery.Secure
 	if bound.xdsTLS != nil {
 		secure = append(secure, discovery.Secure{
-			Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
+			Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(),
+			Register: func(to grpc.ServiceRegistrar) {
+				issuer.Register(to)
+				if reports != nil {
+					reports.Register(to)
+				}
+			},
 		})
 	}
 	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config, "host.name", s.podName,
@@ -187,6 +198,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	}
 	if cluster != nil {
 		add(cluster.Run)
+		add(reports.Run)
 		add(status.Run)
 	}
 	add(func(ctx context.Context) error {
