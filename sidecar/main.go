@@ -33,6 +33,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/mtls"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/overload"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/reporter"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/sds"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
@@ -236,6 +237,8 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			Authority: cfg.ControlPlane, TokenFile: cfg.joinToken, RootsFile: cfg.controlPlaneCA, Node: cfg.Config, Log: log, Registerer: registry,
 		})
 		xds.Credentials = who.ControlPlane()
+		events.reports = reporter.New(reporter.Options{Node: cfg.Config, Breakers: breakers(clusters), Registerer: registry})
+		xds.Beside = events.reports.Beside
 	}
 	client := xdsclient.New(xds)
 	for _, u := range cfg.Upstreams {
