@@ -43,15 +43,53 @@ func prepare(ctx context.Context, c config) error {
 	if err := compile(ctx, c.root, c.built(), product...); err != nil {
 		return err
 	}
-	own := []string{"./app", "./pause"}
-	if err := compile(ctx, filepath.Join(c.root, "deploy", "e2e"), c.built(), own...); err != nil {
+	own := filepath.Join(c.root, "deploy", "e2e")
+	if err := compile(ctx, own, c.built(), "./app", "./pause", "./echo"); err != nil {
+		return err
+	}
+	if c.only.MatchString("conformance") && !c.shell {
+		if err := goTool(ctx, own, "test", "-c", "-o", filepath.Join(c.built(), "conformance.test"), "./conformance"); err != nil {
+			return err
+		}
+	}
+	if err := c.gatewayAPI(ctx); err != nil {
 		return err
 	}
 	return c.pack()
 }
 
+// gatewayAPI writes the definitions of the Gateway API's kinds, of the version that
+// the conformance tests are for, as its standard channel has them.
+func (c config) gatewayAPI(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/gateway-api")
+	cmd.Dir = filepath.Join(c.root, "deploy", "e2e")
+	dir, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("where is the Gateway API: %w", err)
+	}
+	files, err := filepath.Glob(filepath.Join(strings.TrimSpace(string(dir)), "config", "crd", "standard", "gateway*.yaml"))
+	if err != nil || len(files) == 0 {
+		return fmt.Errorf("the Gateway API's definitions are not in its module %s: %w", dir, err)
+	}
+	var all []byte
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			return fmt.Errorf("the Gateway API: %w", err)
+		}
+		all = append(append(all, "\n---\n"...), text...)
+	}
+	if err := os.WriteFile(filepath.Join(c.folder, "gateway-api.yaml"), all, 0o644); err != nil {
+		return fmt.Errorf("the Gateway API: %w", err)
+	}
+	return nil
+}
+
 func compile(ctx context.Context, dir, out string, packages ...string) error {
-	args := append([]string{"build", "-trimpath", "-ldflags=-s -w", "-o", out + "/"}, packages...)
+	return goTool(ctx, dir, append([]string{"build", "-trimpath", "-ldflags=-s -w -X github.com/outrigger-mesh/outrigger/program.version=here", "-o", out + "/"}, packages...)...)
+}
+
+func goTool(ctx context.Context, dir string, args ...string) error {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
 	if text, err := cmd.CombinedOutput(); err != nil {
@@ -71,6 +109,11 @@ func (c config) pack() error {
 		one("outrigger-e2e/shop:here", "shop", "65532"),
 		{Names: []string{cluster.CoreDNSImage}, Files: map[string]string{"/coredns": filepath.Join(c.bin(), "coredns")}, Entrypoint: []string{"/coredns"}},
 	}
+	images = append(images, image.Image{
+		Names:      []string{"registry.k8s.io/gateway-api/echo-advanced:v1.5.1"},
+		Files:      map[string]string{"/server": in("echo"), "/client": in("echo")},
+		Entrypoint: []string{"/server"}, User: "65532",
+	})
 	for _, p := range []struct{ image, program, user string }{
 		{"control-plane", "control-plane", "65532"}, {"injector", "injector", "65532"}, {"collector", "collector", "65532"}, {"cli", "outrigger", "65532"},
 	} {
@@ -81,6 +124,9 @@ func (c config) pack() error {
 		sidecar.Files["/netinit"] = in("netinit")
 	}
 	images = append(images, sidecar)
+	if envoy, ok := c.envoy(); ok {
+		images = append(images, envoy)
+	}
 
 	// Packing takes longer than looking whether anything has changed.
 	sum, err := sumOf(images)
@@ -101,6 +147,21 @@ func (c config) pack() error {
 		return fmt.Errorf("images: %w", err)
 	}
 	return nil
+}
+
+// envoy is a real Envoy with the libraries that it is linked to, if there is one: see
+// deploy/apptest/envoy.sh.
+func (c config) envoy() (image.Image, bool) {
+	binary := filepath.Join(c.root, ".cache", "envoy", "envoy")
+	if _, err := os.Stat(binary); err != nil {
+		return image.Image{}, false
+	}
+	i := image.Image{Names: []string{"outrigger-e2e/envoy:here"}, Files: map[string]string{"/usr/local/bin/envoy": binary}, Entrypoint: []string{"/usr/local/bin/envoy"}, User: "1337", Env: []string{"PATH=/usr/local/bin"}}
+	for _, lib := range []string{"libm.so.6", "librt.so.1", "libdl.so.2", "libpthread.so.0", "libc.so.6"} {
+		i.Files["/lib/x86_64-linux-gnu/"+lib] = "/lib/x86_64-linux-gnu/" + lib
+	}
+	i.Files["/lib64/ld-linux-x86-64.so.2"] = "/lib64/ld-linux-x86-64.so.2"
+	return i, true
 }
 
 func sumOf(images []image.Image) (string, error) {

@@ -46,24 +46,40 @@ type story struct {
 	tell func(context.Context, *scene) error
 	// mesh: it needs the product; else it is told on any cluster.
 	mesh bool
+	// labelled: its namespace is enabled for injection from the beginning.
+	labelled bool
 }
 
 // scene is what a story works with.
 type scene struct {
 	*cluster.Cluster
-	namespace string
-	root, bin string
-	report    func(format string, args ...any)
+	namespace         string
+	root, bin, folder string
+	report            func(format string, args ...any)
 	// requests and failed are what the story did and what became of it.
 	requests, failed int
 }
 
 // within is how long a story may take, whatever it waits for.
-const within = 10 * time.Minute
+const within = 20 * time.Minute
 
 func all() []story {
 	return []story{
 		{name: "plain", tell: plain},
+		{name: "label", tell: labelled, mesh: true},
+		{name: "shop", tell: shop, mesh: true, labelled: true},
+		{name: "jobs", tell: jobs, mesh: true, labelled: true},
+		{name: "rollout", tell: rollout, mesh: true, labelled: true},
+		{name: "scale", tell: scale, mesh: true, labelled: true},
+		{name: "drain", tell: drain, mesh: true, labelled: true},
+		{name: "control-plane", tell: controlPlane, mesh: true, labelled: true},
+		{name: "collector", tell: collectors, mesh: true, labelled: true},
+		{name: "strict", tell: strict, mesh: true, labelled: true},
+		{name: "authorization", tell: authorization, mesh: true, labelled: true},
+		{name: "audit", tell: audit, mesh: true, labelled: true},
+		{name: "envoy", tell: envoy, mesh: true, labelled: true},
+		{name: "rotation", tell: rotation, mesh: true, labelled: true},
+		{name: "conformance", tell: conformance, mesh: true},
 	}
 }
 
@@ -75,7 +91,7 @@ func (s *Stories) Tell(ctx context.Context) (bool, error) {
 		if !s.Only.MatchString(st.name) || ctx.Err() != nil {
 			continue
 		}
-		sc := &scene{Cluster: s.Cluster, namespace: st.name, root: s.Root, bin: s.Bin, report: s.Report}
+		sc := &scene{Cluster: s.Cluster, namespace: st.name, root: s.Root, bin: s.Bin, folder: s.Folder, report: s.Report}
 		began := time.Now()
 		err := sc.play(ctx, st)
 		r := Result{Story: st.name, Passed: err == nil, Seconds: time.Since(began).Round(100 * time.Millisecond).Seconds(), Requests: sc.requests, Failed: sc.failed}
@@ -120,6 +136,11 @@ func (sc *scene) play(ctx context.Context, st story) error {
 	defer cancel()
 	if err := sc.Apply(ctx, "{apiVersion: v1, kind: Namespace, metadata: {name: "+sc.namespace+"}}"); err != nil {
 		return err
+	}
+	if st.labelled {
+		if err := sc.label(ctx, injection, "enabled"); err != nil {
+			return err
+		}
 	}
 	if err := st.tell(ctx, sc); err != nil {
 		return err
