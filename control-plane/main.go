@@ -22,6 +22,7 @@ import (
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
@@ -162,6 +163,15 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *discovery.Server, loop *rebuild.Loop, bound listeners, log *slog.Logger, registry prometheus.Registerer) error {
 	var parts []part
 	var secure []discovery.Secure
+	var status *kube.Status
+	var reports *kube.Reports
+	if cluster != nil {
+		reports = cluster.CollectReports(kube.ReportsOptions{
+			Pod: s.podName, TrustDomain: s.trustDomain, State: loop.State, Progress: server.Progress, Nodes: server.Nodes,
+		})
+		status = cluster.WriteStatus(kube.StatusOptions{Pod: s.podName, State: loop.State, Reports: reports})
+		loop.OnBuild(status.Changed)
+	}
 	if s.authorityDir != "" || bound.xdsTLS != nil {
 		issuer, err := s.authority(ctx, cluster, log, registry)
 		if err != nil {
@@ -170,7 +180,13 @@ func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *disco
 		parts = append(parts, issuer.Run)
 		if bound.xdsTLS != nil {
 			secure = append(secure, discovery.Secure{
-				Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: issuer.Register,
+				Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(),
+				Register: func(to grpc.ServiceRegistrar) {
+					issuer.Register(to)
+					if reports != nil {
+						reports.Register(to)
+					}
+				},
 			})
 		}
 		if cluster != nil {
@@ -180,7 +196,7 @@ func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *disco
 	}
 	parts = append(parts, func(ctx context.Context) error { return server.Serve(ctx, bound.xds, secure...) })
 	if cluster != nil {
-		parts = append(parts, cluster.Run)
+		parts = append(parts, cluster.Run, reports.Run, status.Run)
 	}
 	parts = append(parts, func(ctx context.Context) error {
 		// What is built from half of the objects takes services from those who use
@@ -222,7 +238,9 @@ func (s *settings) cluster(log *slog.Logger, registry prometheus.Registerer) (*k
 			return nil, fmt.Errorf("--pod-name is missing, and the host has no name: %w", err)
 		}
 	}
-	kube.RouteLogs(log)
+	if !s.rotateRoot { // a command that says what it does itself
+		kube.RouteLogs(log)
+	}
 	c, err := kube.Connect(kube.Options{Kubeconfig: s.kubeconfig, Namespace: s.namespace, Log: log, Registry: registry})
 	if err != nil {
 		return nil, fmt.Errorf("--kubernetes: %w", err)

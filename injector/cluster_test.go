@@ -74,9 +74,11 @@ func newCluster(t *testing.T, labels map[string]string) *cluster {
 	t.Helper()
 	s := server.Need(t)
 	leaks := goleak.IgnoreCurrent()
-	// client-go shares its connections and keeps them.
+	// client-go shares its connections and keeps them; an API server that was
+	// started anew has its own goroutines.
 	t.Cleanup(func() {
-		goleak.VerifyNone(t, leaks, goleak.IgnoreAnyFunction("golang.org/x/net/http2.(*ClientConn).readLoop"))
+		goleak.VerifyNone(t, leaks, goleak.IgnoreAnyFunction("golang.org/x/net/http2.(*ClientConn).readLoop"),
+			goleak.IgnoreAnyFunction("github.com/outrigger-mesh/outrigger/deploy/testbed.start.func1"), goleak.IgnoreAnyFunction("os/exec.(*Cmd).Start.func2"))
 	})
 	c := &cluster{ns: strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), warnings: &warnings{}}
 	conf := rest.CopyConfig(s.Config)
@@ -88,6 +90,15 @@ func newCluster(t *testing.T, labels map[string]string) *cluster {
 	if _, err := c.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: c.ns, Labels: labels}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { // so that no other test's audit finds it; nobody here would end the namespace
+		if _, err := c.CoreV1().Namespaces().Patch(context.Background(), c.ns, types.MergePatchType, []byte(`{"metadata":{"labels":{"outrigger.dev/injection":null}}}`), metav1.PatchOptions{}); err != nil {
+			t.Error(err)
+		}
+		now := int64(0)
+		if err := c.CoreV1().Pods(c.ns).DeleteCollection(context.Background(), metav1.DeleteOptions{GracePeriodSeconds: &now}, metav1.ListOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
 	c.kubeconfig = filepath.Join(t.TempDir(), "kubeconfig")
 	file := clientcmdapi.NewConfig()
 	file.Clusters["c"] = &clientcmdapi.Cluster{Server: s.Config.Host, CertificateAuthorityData: s.Config.CAData}
@@ -587,6 +598,60 @@ func TestRepair(t *testing.T) {
 	if got := in.get(t, "/ready"); got != "ready\n" {
 		t.Errorf("/ready: %s", got)
 	}
+}
+
+// The API server is away when the injector starts, and again later. It is not
+// ready until it has a certificate, then serves on with the one it has, and needs
+// no restart.
+func TestOutage(t *testing.T) {
+	c := newCluster(t, enabled())
+	server.StopAPI()
+	up := false
+	defer func() {
+		if !up {
+			if err := server.StartAPI(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}()
+	in := c.run(t, "127.0.0.1:0", "--audit", "--audit-interval=1s")
+	if got := in.get(t, "/ready"); !strings.Contains(got, "there is no serving certificate yet") {
+		t.Errorf("/ready: %s", got)
+	}
+	eventually(t, func() error {
+		if counted(in.get(t, "/metrics"), "outrigger_webhook_certificate_failures_total") < 2 {
+			return errors.New("no failure is counted")
+		}
+		return nil
+	})
+	if err := server.StartAPI(); err != nil {
+		t.Fatal(err)
+	}
+	up = true
+	c.register(t, c.ns, in.reviews, admissionregistrationv1.Fail)
+	c.works(t)
+	if got := in.get(t, "/ready"); got != "ready\n" {
+		t.Errorf("/ready: %s", got)
+	}
+	server.StopAPI()
+	up = false
+	conn, err := tls.Dial("tcp", in.reviews, &tls.Config{InsecureSkipVerify: true})
+	if err != nil {
+		t.Fatalf("while the API server is away: %v", err)
+	}
+	_ = conn.Close()
+	if err := server.StartAPI(); err != nil {
+		t.Fatal(err)
+	}
+	up = true
+	c.works(t)
+	c.create(t, bare("after", ""))
+	eventually(t, func() error {
+		if counted(in.get(t, "/metrics"), "outrigger_audit_meshed_pods") != 1 {
+			return errors.New("the audit did not come back")
+		}
+		return nil
+	})
 }
 
 // Pod Security, as the API server enforces it. Without the CNI plugin the pods of

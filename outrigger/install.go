@@ -155,6 +155,9 @@ func (c *cli) carryOut(ctx context.Context, client *installation.Client, p insta
 		}
 	}
 	if err := client.Apply(ctx, p); err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			return fmt.Errorf("%w: %w; the same command goes on from there", cause, err)
+		}
 		return err
 	}
 	if p.DryRun {

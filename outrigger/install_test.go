@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -353,17 +354,34 @@ func TestWaitingHasAnEnd(t *testing.T) {
 	if _, err := r.kube.CoreV1().Pods(r.namespace).UpdateStatus(t.Context(), pod, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	_, diag, err := r.run("install", "--release", "v1.0.0", "--wait", "--timeout", "5s")
-	if err == nil || !strings.Contains(err.Error(), "--timeout") || !strings.Contains(err.Error(), "outrigger-control-plane (no controller has looked at it yet)") {
-		t.Errorf("err = %v\n%s", err, diag)
+	// It is waited for as long as it takes to be said.
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	said := &until{end: cancel, words: []string{"waiting for", "outrigger-injector", "0 of 2 replicas are available", "ImagePullBackOff", "no such image"}}
+	err = execute(ctx, []string{"install", "--release", "v1.0.0", "--wait", "--kubeconfig", r.kubeconfig, "-n", r.namespace}, nil, io.Discard, said)
+	if err == nil || !strings.Contains(err.Error(), "outrigger-control-plane (no controller has looked at it yet)") || !strings.Contains(err.Error(), "the same command goes on from there") {
+		t.Errorf("err = %v\n%s", err, &said.text)
 	}
-	if line(diag, "waiting for", "outrigger-injector", "0 of 2 replicas are available", "ImagePullBackOff", "no such image") < 0 {
-		t.Errorf("waiting:\n%s", diag)
-	}
+	r.refused([]string{"1ms have passed (--timeout)"}, "install", "--release", "v1.0.0", "--wait", "--timeout", "1ms")
 	_, _ = r.must("uninstall", "--keep-namespace")
 	if ns, err := r.kube.CoreV1().Namespaces().Get(t.Context(), r.namespace, metav1.GetOptions{}); err != nil || ns.DeletionTimestamp != nil {
 		t.Errorf("--keep-namespace: %v", err)
 	}
+}
+
+// until ends something when a line with all of words has been written.
+type until struct {
+	text  bytes.Buffer
+	words []string
+	end   func()
+}
+
+func (u *until) Write(p []byte) (int, error) {
+	n, err := u.text.Write(p)
+	if line(u.text.String(), u.words...) >= 0 {
+		u.end()
+	}
+	return n, err
 }
 
 // Values come from the profile, files, standard input and single values, each

@@ -1,14 +1,20 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"log/slog"
+	"slices"
+	"time"
 
 	"github.com/outrigger-mesh/outrigger/collector/record"
+	"github.com/outrigger-mesh/outrigger/control-plane/reporting"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/accesslog"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/breaker"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/outlier"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/reporter"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/upstream"
 )
 
 // events turns what the pure packages report into log records and counts.
@@ -16,12 +22,16 @@ type events struct {
 	log     *slog.Logger
 	access  *accesslog.Log
 	metrics *telemetry.Metrics
+	reports *reporter.Reporter // nil where nobody is told
 }
 
 // breaker writes one record a change of state, with the requests behind it, in
 // the stream of the access log, so that whoever finds the one finds the other.
 func (e *events) breaker(v breaker.Evidence) {
 	e.metrics.Transition(v.Destination, v.Policy, v.To, v.Mode)
+	if e.reports != nil {
+		e.reports.Changed(v)
+	}
 	level, verb := "info", map[string]string{"open": "opened", "closed": "closed", "half-open": "probes"}[v.To]
 	if v.To == "open" {
 		level = "warn"
@@ -59,4 +69,19 @@ func (e *events) ejection(cluster string, v outlier.Event) {
 	e.log.Warn("endpoint "+v.Endpoint.String()+" of "+cluster+": "+string(v.Action)+": "+v.Reason,
 		"event.dataset", "outrigger.ejection", "outrigger.destination", cluster, "destination.address", v.Endpoint.String(),
 		"outrigger.ejection.action", string(v.Action), "outrigger.ejection.cause", string(v.Cause), "outrigger.ejection.observe", v.Observe)
+}
+
+// breakers are those of all clusters as the control plane is told of them.
+func breakers(clusters *upstream.Clusters) func(now time.Time) []reporting.Breaker {
+	return func(now time.Time) []reporting.Breaker {
+		var out []reporting.Breaker
+		for _, c := range clusters.All() {
+			if b := c.Breaker(); b != nil {
+				state, _ := b.State(now)
+				out = append(out, reporting.Breaker{Policy: b.Policy().Name, Target: c.Name, State: reporting.State(state.String())})
+			}
+		}
+		slices.SortFunc(out, func(a, b reporting.Breaker) int { return cmp.Compare(a.Target, b.Target) })
+		return out
+	}
 }

@@ -33,6 +33,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/mtls"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/overload"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/proxy"
+	"github.com/outrigger-mesh/outrigger/sidecar/internal/reporter"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/sds"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/table"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/telemetry"
@@ -58,6 +59,9 @@ type config struct {
 
 	controlPlaneCA, joinToken string
 	sds                       string
+
+	envoyBootstrap, envoyAdmin string
+	waitReady                  time.Duration
 }
 
 // hasIdentity: the sidecar gets a certificate from the authority.
@@ -78,6 +82,9 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	fs.StringVar(&c.joinToken, "join-token-file", "", "file with the token that proves the workload to the authority at first contact, read at every use. Needs --control-plane-ca")
 	fs.StringVar(&c.MTLS, "mtls", "", "mutual TLS of --inbound ports: off, permissive (other workloads use it, clear text is taken too) or strict. Default permissive with --join-token-file, else off")
 	fs.StringVar(&c.sds, "sds-address", "", "serve the workload's certificate and key by SDS to an Envoy beside it, at unix:///<path> (made with mode 0600) or a loopback address. Empty: not")
+	fs.StringVar(&c.envoyBootstrap, "write-envoy-bootstrap", "", "be the agent of an Envoy: write its bootstrap to this file, serve its certificate at --sds-address and answer for it at --health-address (/ready, and /agent-ready without it), and carry nothing")
+	fs.StringVar(&c.envoyAdmin, "envoy-admin-address", loopback(bootstrap.PortAdmin), "with --write-envoy-bootstrap: the Envoy's admin interface, on loopback")
+	fs.DurationVar(&c.waitReady, "wait-ready", 0, "wait this long at most for the sidecar at --health-address to be ready, and end: 0 if it is, else 1")
 	fs.Func("upstream", "ambassador port <service>.<namespace>:<port>=<ip>:<port>; may be repeated", func(s string) error {
 		u, err := bootstrap.ParseUpstream(s)
 		c.Upstreams = append(c.Upstreams, u)
@@ -108,6 +115,9 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 	if err := c.Parse(fs, args, stdout); err != nil {
 		return c, err
 	}
+	if c.waitReady > 0 {
+		return c, nil // nothing else counts
+	}
 	var err error
 	if c.memory, err = overload.ParseLimit(*memory); err != nil {
 		return c, fmt.Errorf("--memory-limit %w", err)
@@ -132,6 +142,8 @@ func parse(args []string, stdout, stderr io.Writer) (config, error) {
 		return c, fmt.Errorf("--mtls %s needs a certificate: give --control-plane-ca and --join-token-file", c.MTLS)
 	case !c.hasIdentity() && c.sds != "":
 		return c, fmt.Errorf("--sds-address %s needs a certificate: give --control-plane-ca and --join-token-file", c.sds)
+	case c.envoyBootstrap != "" && c.sds == "":
+		return c, errors.New("--write-envoy-bootstrap needs --sds-address: where the Envoy gets its certificate")
 	case c.Capture && len(c.Addresses) == 0:
 		return c, errors.New("--capture needs --pod-ips: only what was sent to the pod's own addresses is served; give it status.podIPs of the downward API")
 	case c.Capture && len(c.Inbounds) > 0:
@@ -188,8 +200,14 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	if err != nil {
 		return err
 	}
+	if cfg.waitReady > 0 {
+		return waitReady(ctx, cfg.health, cfg.waitReady)
+	}
 	debug.SetGCPercent(collectAt)
 	log := cfg.Log(cfg.Workload, stderr).With("event.dataset", "outrigger.sidecar")
+	if cfg.envoyBootstrap != "" {
+		return runAgent(ctx, cfg, log)
+	}
 
 	// What is known and counted.
 	registry := program.Registry()
@@ -219,6 +237,8 @@ func runSidecar(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			Authority: cfg.ControlPlane, TokenFile: cfg.joinToken, RootsFile: cfg.controlPlaneCA, Node: cfg.Config, Log: log, Registerer: registry,
 		})
 		xds.Credentials = who.ControlPlane()
+		events.reports = reporter.New(reporter.Options{Node: cfg.Config, Breakers: breakers(clusters), Registerer: registry})
+		xds.Beside = events.reports.Beside
 	}
 	client := xdsclient.New(xds)
 	for _, u := range cfg.Upstreams {

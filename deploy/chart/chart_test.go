@@ -536,15 +536,24 @@ func TestProfilesGiveReasons(t *testing.T) {
 	}
 }
 
-// The collector takes the configuration that the chart writes.
-func TestTheCollectorTakesItsConfiguration(t *testing.T) {
+// binary builds a program, once for all tests, as `make build` does.
+func binary(t *testing.T, pkg string) string {
+	t.Helper()
 	if testing.Short() {
-		t.Skip("SKIPPED: -short: it builds the collector")
+		t.Skip("SKIPPED: -short: it builds the programs")
 	}
-	bin := filepath.Join(t.TempDir(), "collector")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "../../collector").CombinedOutput(); err != nil {
+	path := filepath.Join(t.TempDir(), "program")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", path, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	return path
+}
+
+// The collector takes the configuration that the chart writes.
+func TestTheCollectorTakesItsConfiguration(t *testing.T) {
+	bin := binary(t, "../../collector")
 	for name, v := range variants(t) {
 		r := render(t, v, options())
 		if len(ofKind(r, "ConfigMap")) == 0 {
@@ -557,6 +566,37 @@ func TestTheCollectorTakesItsConfiguration(t *testing.T) {
 		}
 		if out, err := exec.CommandContext(t.Context(), bin, "--config", path, "--check").CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s\n%s", name, err, out, config)
+		}
+	}
+}
+
+// The programs know every flag that the chart gives them: with --version they
+// read all of them and end.
+func TestTheProgramsKnowTheirFlags(t *testing.T) {
+	parts := []struct{ kind, name, pkg string }{
+		{"Deployment", "outrigger-control-plane", "../../control-plane"},
+		{"Deployment", "outrigger-injector", "../../injector"},
+		{"DaemonSet", "outrigger-collector", "../../collector"},
+		{"DaemonSet", "outrigger-cni", "../../sidecar/cni"},
+	}
+	for _, part := range parts {
+		bin := binary(t, part.pkg)
+		for name, v := range variants(t) {
+			for _, o := range ofKind(render(t, v, options()), part.kind) {
+				if o.GetName() != part.name {
+					continue
+				}
+				var args []string
+				switch w := typed(t, o).(type) {
+				case *appsv1.Deployment:
+					args = w.Spec.Template.Spec.Containers[0].Args
+				case *appsv1.DaemonSet:
+					args = w.Spec.Template.Spec.Containers[0].Args
+				}
+				if out, err := exec.CommandContext(t.Context(), bin, append(args, "--version")...).CombinedOutput(); err != nil {
+					t.Errorf("%s: %s %q: %v\n%s", name, part.name, args, err, out)
+				}
+			}
 		}
 	}
 }

@@ -101,6 +101,9 @@ const (
 	// holdSeconds is how long a plain sidecar container holds back the containers
 	// behind it.
 	holdSeconds = 120
+	// lingerSeconds is how long a plain sidecar container goes on when the pod
+	// ends; the sidecar drains for 10 s at most.
+	lingerSeconds = 5
 )
 
 // Namespace of the pod.
@@ -279,6 +282,8 @@ func helpless(pod *corev1.Pod, s Settings) (Skip, string) {
 		return SkipHostNetwork, "hostNetwork: the sidecar's ports would be the node's, and two such pods would collide; remove hostNetwork, or label the pod " + LabelInjection + "=disabled"
 	case s.NativeSidecar || !completes(pod):
 		return "", ""
+	case pod.Spec.RestartPolicy == corev1.RestartPolicyOnFailure:
+		return SkipCompletes, "restartPolicy OnFailure: a plain sidecar container cannot tell an application that has completed from one that will be started again; use restartPolicy Never, native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
 	case pod.Spec.HostPID:
 		return SkipCompletes, "hostPID: it runs to completion, which a plain sidecar container notices in a process namespace of the pod only; remove hostPID, use native sidecars (Kubernetes 1.29), or label the pod " + LabelInjection + "=disabled"
 	case pod.Spec.ShareProcessNamespace != nil && !*pod.Spec.ShareProcessNamespace:

@@ -15,7 +15,8 @@ const checkUser = 65532
 // redirect is the init container that has the pod's traffic captured. It is root
 // with two capabilities, which the Pod Security levels baseline and restricted
 // refuse; where a CNI plugin does the work it has no privilege at all and fits
-// restricted.
+// restricted. The exclusions concern the check too, which must not take them for
+// gaps.
 func redirect(s Settings, w wish) corev1.Container {
 	c := corev1.Container{
 		Name:                     InitName,
@@ -28,7 +29,6 @@ func redirect(s Settings, w wish) corev1.Container {
 	}
 	if s.CNI {
 		c.Args = []string{checkFlag}
-		return c
 	}
 	for _, f := range []struct{ flag, list string }{
 		{"--exclude-inbound-ports=", w.excludeInbound},
@@ -39,6 +39,9 @@ func redirect(s Settings, w wish) corev1.Container {
 		if f.list != "" {
 			c.Args = append(c.Args, f.flag+f.list)
 		}
+	}
+	if s.CNI {
+		return c
 	}
 	root, no := int64(0), false
 	c.SecurityContext.RunAsUser, c.SecurityContext.RunAsGroup, c.SecurityContext.RunAsNonRoot = &root, &root, &no

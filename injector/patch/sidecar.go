@@ -82,8 +82,13 @@ func sidecar(s Settings, w wish, workload string) corev1.Container {
 	c.Lifecycle = &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{
 		Command: []string{"/sidecar", "--wait-ready=" + strconv.Itoa(holdSeconds) + "s"},
 	}}}
-	if w.completes {
+	switch {
+	case w.completes:
 		c.Args = append(c.Args, "--exit-when-alone")
+	case w.capture:
+		// All containers of a pod that ends are told at the same time; the
+		// application still answers, and calls, for a while.
+		c.Args = append(c.Args, "--drain-minimum="+strconv.Itoa(lingerSeconds)+"s")
 	}
 	return c
 }

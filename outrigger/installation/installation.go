@@ -70,8 +70,8 @@ func Connect(kubeconfig, kubeContext string, warnings io.Writer) (*Client, error
 	if err != nil {
 		return nil, fmt.Errorf("how to reach the cluster: %w; give --kubeconfig and --context, as to kubectl", err)
 	}
-	// An installation is some hundred requests; the defaults are made for controllers.
-	conf.QPS, conf.Burst = 50, 100
+	// We ask one thing after the other; the API server's own fairness does the rest.
+	conf.QPS = -1
 	conf.WarningHandler = rest.NewWarningWriter(warnings, rest.WarningWriterOptions{Deduplicate: true})
 	return New(conf)
 }

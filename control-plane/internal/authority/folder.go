@@ -46,13 +46,28 @@ type folder string
 func (f folder) String() string { return "folder " + string(f) }
 
 // Load implements Store.
-func (f folder) Load(context.Context) (Files, error) {
-	entries, err := os.ReadDir(string(f))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
+func (f folder) Load(context.Context) (_ Files, err error) {
+	d, err := os.Open(string(f))
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, ErrEmpty
 	}
 	if err != nil {
 		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	// Not between two steps of Replace. A file system without locks has none to
+	// wait for: what does not fit together is read again later.
+	_ = syscall.Flock(int(d.Fd()), syscall.LOCK_SH)
+	return f.load()
+}
+
+func (f folder) load() (Files, error) {
+	entries, err := os.ReadDir(string(f))
+	if err != nil {
+		return nil, err
+	}
+	if len(entries) == 0 {
+		return nil, ErrEmpty
 	}
 	out := Files{}
 	for _, name := range Names() {
@@ -102,19 +117,18 @@ func (f folder) Create(_ context.Context, files Files) (made bool, err error) {
 	return true, flush(filepath.Dir(dir))
 }
 
-// Replace implements Store. Certificates are written before keys, so that at no
-// time a key has no certificate.
-func (f folder) Replace(ctx context.Context, old, next Files) (err error) {
+// Replace implements Store. Certificates are written before keys, so that where it
+// is cut short each key still has its certificate.
+func (f folder) Replace(_ context.Context, old, next Files) (err error) {
 	d, err := os.Open(string(f))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	// Two programs that rotate at once; those that read need no lock.
 	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX); err != nil {
 		return fmt.Errorf("lock it: %w", err)
 	}
-	now, err := f.Load(ctx)
+	now, err := f.load()
 	if err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ func large(i int) *corev1.Pod {
 		Labels:          map[string]string{"app": text("payments-%d", i), "pod-template-hash": text("5d4f8c7b9-%d", i), "version": text("%d", i)},
 		Annotations:     map[string]string{"outrigger.dev/status": "injected", "kubectl.kubernetes.io/restartedAt": text("2026-%d", i), "checksum/config": strings.Repeat(text("%d", i%10), 64)},
 		OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: text("payments-%d", i), UID: types.UID(text("%036d", i))}},
-		ManagedFields:   []metav1.ManagedFieldsEntry{{Manager: "kubelet", FieldsV1: &metav1.FieldsV1{Raw: []byte(strings.Repeat("f", 3000))}}},
+		ManagedFields:   []metav1.ManagedFieldsEntry{{Manager: "kubelet", FieldsV1: metav1.NewFieldsV1(strings.Repeat("f", 3000))}},
 	}}
 	for c := range 2 {
 		container := corev1.Container{

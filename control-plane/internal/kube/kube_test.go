@@ -826,3 +826,64 @@ func TestForbidden(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// An object that its CRD let in and that cannot be decoded keeps its kind from
+// being read: that is said, of the kind and with the remedy.
+func TestUnreadable(t *testing.T) {
+	r := prepare(t)
+	yes := true
+	loose := crds(t, "outrigger.dev_retrypolicies")[0]
+	for i := range loose.Spec.Versions {
+		loose.Spec.Versions[i].Schema.OpenAPIV3Schema = &apiextensionsv1.JSONSchemaProps{Type: "object", XPreserveUnknownFields: &yes}
+	}
+	r.create(t, loose)
+	bad := &unstructured.Unstructured{Object: map[string]any{"spec": map[string]any{"attempts": "many"}}}
+	bad.SetGroupVersionKind(v1alpha1.GroupVersion().WithKind("RetryPolicy"))
+	bad.SetNamespace(r.ns)
+	bad.SetName("bad")
+	eventually(t, func() string {
+		if err := r.admin.Create(t.Context(), bad); err != nil && !apierrors.IsAlreadyExists(err) {
+			return err.Error()
+		}
+		return ""
+	})
+	r.start()
+	said := func() string {
+		_, problems := r.Source().Load()
+		for _, p := range problems {
+			if p.Kind == "RetryPolicy" && p.Reason == translate.ReasonInvalid && strings.Contains(p.Message, "correct or delete it") {
+				return ""
+			}
+		}
+		return fmt.Sprint(problems)
+	}
+	eventually(t, said)
+	if err := r.Source().Ready(); err == nil || !strings.Contains(err.Error(), "RetryPolicy (") {
+		t.Errorf("%v", err)
+	}
+	if err := r.admin.Delete(t.Context(), bad); err != nil {
+		t.Fatal(err)
+	}
+	r.wait(t)
+	eventually(t, func() string {
+		if _, problems := r.Source().Load(); slices.ContainsFunc(problems, func(p translate.Problem) bool { return p.Kind == "RetryPolicy" }) {
+			return fmt.Sprint(problems)
+		}
+		return ""
+	})
+	// One that comes later does not take away what was read.
+	r.create(t, &v1alpha1.RetryPolicy{ObjectMeta: r.meta("good")})
+	eventually(t, func() string {
+		if in, _ := r.Source().Load(); len(in.RetryPolicies) != 1 {
+			return "no policy"
+		}
+		return ""
+	})
+	bad.SetResourceVersion("")
+	r.create(t, bad)
+	eventually(t, said)
+	if in, _ := r.Source().Load(); len(in.RetryPolicies) != 1 || r.Source().Ready() != nil {
+		t.Errorf("%d policies, %v", len(in.RetryPolicies), r.Source().Ready())
+	}
+	r.uninstall(t, "outrigger.dev_retrypolicies")
+}

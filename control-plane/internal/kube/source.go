@@ -121,7 +121,11 @@ func (s *Source) Ready() error {
 	defer s.mu.RUnlock()
 	var open []string
 	for name, t := range s.tables {
-		if s.open(t) {
+		switch {
+		case !s.open(t):
+		case t.failed != nil:
+			open = append(open, fmt.Sprintf("%s (%v)", name, t.failed))
+		default:
 			open = append(open, name)
 		}
 	}

@@ -81,6 +81,7 @@ type Loop struct {
 	o       Options
 	changed chan struct{}
 	state   atomic.Pointer[State]
+	after   func() // a build; nil where nobody wants to know
 
 	// What follows belongs to Run.
 	good  map[objectKey]metav1.Object
@@ -113,6 +114,11 @@ func New(o Options) *Loop {
 // State returns the mesh in force; nil before the first build. It is safe for
 // concurrent use.
 func (l *Loop) State() *State { return l.state.Load() }
+
+// OnBuild has f called after each build, whether or not the mesh changed by it:
+// what is to be said of the objects may have. It must be called before Run; f
+// must not block.
+func (l *Loop) OnBuild(f func()) { l.after = f }
 
 // Run builds at once, then after every change, until ctx ends; then it returns
 // nil. It returns an error when the Source can no longer be watched.
@@ -217,6 +223,9 @@ func (l *Loop) build() {
 	l.state.Store(next)
 	l.o.Log.Info("mesh built", "outrigger.config_version", next.Version, "outrigger.services", len(m.Services),
 		"outrigger.problems", len(next.Problems), "event.duration", time.Since(started).Nanoseconds(), "event.outcome", result)
+	if l.after != nil {
+		l.after()
+	}
 }
 
 type objectKey struct{ kind, namespace, name string }

@@ -23,6 +23,8 @@ const (
 	// What comes in at these ports does not pass through the pod's proxy.
 	annotationExclude = "outrigger.dev/exclude-inbound-ports" // comma list of the pod's ports that are not captured
 
+	annotationCapture = "outrigger.dev/capture" // "false": nothing of the pod's traffic passes through its proxy but what ambassador ports lead there
+
 	statusInjected = "injected"
 	proxyContainer = "outrigger-proxy"
 )
@@ -109,8 +111,13 @@ func (b *builder) addPods(in []*corev1.Pod) {
 	}
 }
 
-// hasProxy: the annotation alone may be copied from a pod to a template.
+// hasProxy: what comes to the pod passes through a proxy. The annotation alone may
+// be copied from a pod to a template, and a pod that captures nothing has
+// ambassador ports only.
 func hasProxy(obj *corev1.Pod) bool {
+	if obj.Annotations[annotationCapture] == "false" {
+		return false
+	}
 	is := func(c corev1.Container) bool { return c.Name == proxyContainer }
 	return obj.Annotations[annotationStatus] == statusInjected &&
 		(slices.ContainsFunc(obj.Spec.Containers, is) || slices.ContainsFunc(obj.Spec.InitContainers, is))

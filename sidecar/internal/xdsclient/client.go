@@ -31,6 +31,7 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -70,6 +71,9 @@ type Options struct {
 	// PerRPC adds, for example, the workload's token. It may be nil.
 	PerRPC credentials.PerRPCCredentials
 	Node   bootstrap.Config
+	// Beside is called on each connection once its stream is open, and must return
+	// when ctx ends: the connection is over then. It may be nil.
+	Beside func(ctx context.Context, conn grpc.ClientConnInterface)
 	// StateFile keeps the last good configuration; empty keeps none. Its
 	// directory must exist.
 	StateFile string

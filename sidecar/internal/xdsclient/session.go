@@ -96,6 +96,9 @@ func (s *session) run(ctx context.Context, o Options) (err error) {
 			}
 		}
 	})
+	if o.Beside != nil {
+		sender.Go(func() { o.Beside(sending, conn) })
+	}
 	defer sender.Wait()
 	defer stop()
 	for {
