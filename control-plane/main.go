@@ -21,7 +21,6 @@ import (
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
@@ -147,15 +146,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		issuer.OnChange(roots.Changed)
 	}
 
-	var status *kube.Status
-	var reports *kube.Reports
-	if cluster != nil {
-		reports = cluster.CollectReports(kube.ReportsOptions{
-			Pod: s.podName, TrustDomain: s.trustDomain, State: loop.State, Progress: server.Progress, Nodes: server.Nodes,
-		})
-		status = cluster.WriteStatus(kube.StatusOptions{Pod: s.podName, State: loop.State, Reports: reports})
-		loop.OnBuild(status.Changed)
-	}
+	telling := s.teller(cluster, loop, server)
 
 	bound, err := s.listen(ctx)
 	if err != nil {
@@ -164,13 +155,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	var secure []discovery.Secure
 	if bound.xdsTLS != nil {
 		secure = append(secure, discovery.Secure{
-			Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(),
-			Register: func(to grpc.ServiceRegistrar) {
-				issuer.Register(to)
-				if reports != nil {
-					reports.Register(to)
-				}
-			},
+			Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(), Register: telling.register(issuer),
 		})
 	}
 	log.Info("control plane starts", "service.version", program.Version(), "outrigger.config", s.config, "host.name", s.podName,
@@ -198,8 +183,9 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	}
 	if cluster != nil {
 		add(cluster.Run)
-		add(reports.Run)
-		add(status.Run)
+	}
+	for _, part := range telling.parts() {
+		add(part)
 	}
 	add(func(ctx context.Context) error {
 		// What is built from half of the objects takes services from those who use

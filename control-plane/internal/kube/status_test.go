@@ -32,6 +32,14 @@ type nowhere struct{}
 
 func (nowhere) Publish(*mesh.Mesh) error { return nil }
 
+// to is where meshes are published.
+func (r *rig) to() rebuild.Publisher {
+	if r.publisher != nil {
+		return r.publisher
+	}
+	return nowhere{}
+}
+
 // replica is a control plane that writes what it finds.
 type replica struct {
 	*kube.Cluster
@@ -63,7 +71,7 @@ func (r *rig) reporting(t *testing.T, pod string, o kube.StatusOptions, reports 
 	if p.Cluster, err = kube.Connect(kube.Options{Config: config, Namespace: r.ns, Registry: registry, Log: log}); err != nil {
 		t.Fatal(err)
 	}
-	p.loop = rebuild.New(rebuild.Options{Source: p.Source(), Publisher: nowhere{}, Log: log, Registry: registry})
+	p.loop = rebuild.New(rebuild.Options{Source: p.Source(), Publisher: r.to(), Log: log, Registry: registry})
 	o.Pod, o.State = pod, p.loop.State
 	run := map[string]func(context.Context) error{}
 	if reports.Progress != nil {
