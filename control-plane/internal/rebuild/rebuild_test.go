@@ -131,6 +131,35 @@ func TestChangesAreGathered(t *testing.T) {
 	})
 }
 
+// Whoever writes what has become of the objects hears of every build, because that
+// may differ where the mesh does not.
+func TestOnBuild(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src, pub := newFolder(), &published{}
+		l := rebuild.New(rebuild.Options{Source: src, Publisher: pub, Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry()})
+		builds := 0
+		l.OnBuild(func() {
+			if builds++; l.State() == nil {
+				t.Error("it is told before there is a State")
+			}
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- l.Run(ctx) }()
+		synctest.Wait()
+		src.write(translate.Objects{CircuitBreakers: []*v1alpha1.CircuitBreaker{breaker("0.5")}}) // of a Service that is not there
+		time.Sleep(2 * rebuild.Quiet)
+		synctest.Wait()
+		if builds != 2 || len(pub.meshes) != 1 || len(l.State().Statuses) != 1 {
+			t.Errorf("told of %d builds, %d published, %d statuses", builds, len(pub.meshes), len(l.State().Statuses))
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 func TestEndlessChangesDoNotStarveTheBuild(t *testing.T) {
 	run(t, func(t *testing.T, src *folder, _ *published, _ *rebuild.Loop, _ *bytes.Buffer) {
 		started := time.Now()
