@@ -135,26 +135,38 @@ func New(o Options) *Server {
 
 // Publish puts m in force and pushes what changed. m must not be changed
 // afterwards. On an error the previous Mesh stays in force.
-func (s *Server) Publish(m *mesh.Mesh) error {
-	changed, err := s.cache.publish(m)
+func (s *Server) Publish(m *mesh.Mesh) error { return s.Replace(m, time.Now()) }
+
+// Replace is Publish of a Mesh that is made of what was seen at a time.
+func (s *Server) Replace(m *mesh.Mesh, seen time.Time) error {
+	done, err := s.cache.publish(m, seen)
 	if err != nil {
 		return fmt.Errorf("publish xDS: %w", err)
 	}
-	for dp, set := range s.cache.sets() {
-		for _, t := range xds.TypeURLs() {
-			n := len(set.Of(t))
-			if t == xds.RouteType {
-				for _, routes := range set.Overlays() {
-					n += len(routes)
-				}
-			}
+	s.count(done)
+	return nil
+}
+
+// Update is Replace of a Mesh that differs only by c from the one in force. It
+// costs what differs. After an error the Mesh has to be published.
+func (s *Server) Update(m *mesh.Mesh, c mesh.Change, seen time.Time) error {
+	done, err := s.cache.update(m, c, seen)
+	if err != nil {
+		return fmt.Errorf("update xDS: %w", err)
+	}
+	s.count(done)
+	return nil
+}
+
+func (s *Server) count(p published) {
+	for dp, types := range p.total {
+		for t, n := range types {
 			s.metrics.resources.WithLabelValues(string(dp), shortType(t)).Set(float64(n))
 		}
 	}
-	for t, n := range changed {
+	for t, n := range p.changed {
 		s.metrics.changed.WithLabelValues(shortType(t)).Add(float64(n))
 	}
-	return nil
 }
 
 // Status lists the connected data planes, by kind and node id.
