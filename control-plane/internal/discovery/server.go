@@ -129,7 +129,13 @@ func New(o Options) *Server {
 	}, func(typeURL string) { s.metrics.ordering.WithLabelValues(shortType(typeURL)).Inc() })
 	s.tracker = &tracker{
 		cache: s.cache, log: o.Log, metrics: s.metrics, now: time.Now, limits: o.Limits, streams: map[streamKey]*stream{},
+		propagation: propagation{observe: func(d time.Duration) { s.metrics.propagation.Observe(d.Seconds()) }, targets: map[target]*audience{}},
 	}
+	s.cache.moving = s.tracker.moving
+	o.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "outrigger_xds_propagation_pending_seconds",
+		Help: "Age of the oldest change of endpoints that some proxy that asks for them has not acknowledged; 0 where there is none.",
+	}, s.tracker.pendingPropagation))
 	return s
 }
 
@@ -361,6 +367,8 @@ type metrics struct {
 	ordering  *prometheus.CounterVec
 	foreign   prometheus.Counter
 	push      prometheus.Histogram
+
+	propagation prometheus.Histogram
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -397,6 +405,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 	}
+	m.propagation = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "outrigger_xds_propagation_seconds", Help: "From when a change of endpoints was seen to its acknowledgement by the last of the proxies that ask for them.",
+		Buckets:                     prometheus.ExponentialBuckets(0.001, 2, 15),
+		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+	})
 	for _, dp := range xds.DataPlanes() {
 		m.connected.WithLabelValues(string(dp))
 	}
@@ -407,6 +420,6 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for _, t := range []string{xds.ListenerType, xds.RouteType} {
 		m.ordering.WithLabelValues(shortType(t))
 	}
-	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.foreign, m.push)
+	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.foreign, m.push, m.propagation)
 	return m
 }
