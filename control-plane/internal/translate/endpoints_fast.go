@@ -2,11 +2,11 @@ package translate
 
 import (
 	"maps"
-	"reflect"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/mesh"
@@ -384,11 +384,17 @@ func (u *update) updatedInstances(b *builder, affected map[key]bool) map[mesh.Na
 		}
 		switch {
 		case old == nil && now == nil:
-		case old == nil || now == nil || !reflect.DeepEqual(old, now):
+		case old == nil || now == nil || !sameInstance(old, now):
 			set(k, now)
 		}
 	}
 	return out
+}
+
+// sameInstance compares two versions, whose policies are the same or taken over.
+func sameInstance(a, b *mesh.Instance) bool {
+	return a.Workload == b.Workload && a.ServiceAccount == b.ServiceAccount && a.MTLS == b.MTLS && len(a.Authorizations) == len(b.Authorizations) &&
+		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
 }
 
 // sameTarget says whether two versions of a pod, of which nil is none, are the same
@@ -400,5 +406,5 @@ func sameTarget(a, b *corev1.Pod) bool {
 	if ended(a) || ended(b) {
 		return ended(a) && ended(b)
 	}
-	return maps.Equal(a.Labels, b.Labels) && maps.Equal(a.Annotations, b.Annotations) && reflect.DeepEqual(a.Spec, b.Spec)
+	return maps.Equal(a.Labels, b.Labels) && maps.Equal(a.Annotations, b.Annotations) && equality.Semantic.DeepEqual(a.Spec, b.Spec)
 }
