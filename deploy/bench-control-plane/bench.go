@@ -59,7 +59,7 @@ func (b *bench) measure(ctx context.Context) (_ *result, err error) {
 	if err := os.MkdirAll(b.dir, 0o700); err != nil {
 		return nil, err
 	}
-	r := &result{Services: b.services, Endpoints: b.endpoints / b.services * b.services, Sidecars: b.sidecars}
+	r := &result{Services: b.services, Pods: b.pods, Endpoints: b.endpoints / b.services * b.services, Sidecars: b.sidecars}
 	server, err := testbed.Start()
 	if err != nil {
 		return nil, fmt.Errorf("a kube-apiserver, which deploy/testbed/build.sh api builds: %w", err)
@@ -69,7 +69,11 @@ func (b *bench) measure(ctx context.Context) (_ *result, err error) {
 		return nil, err
 	}
 	began := time.Now()
-	if err := b.api.fill(ctx, b.plan, b.services); err != nil {
+	etcd, err := etcdURL()
+	if err != nil {
+		return nil, err
+	}
+	if err := fill(ctx, etcd, b.plan, b.services); err != nil {
 		return nil, err
 	}
 	r.FillSeconds = time.Since(began).Seconds()

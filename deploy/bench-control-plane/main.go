@@ -51,6 +51,7 @@ type plan struct {
 	sizes     []int // Services
 	endpoints int   // of all of them
 	sidecars  int
+	pods      int           // those of the sidecars, and more
 	uses      int           // destinations of a sidecar
 	rate      int           // changes a second
 	warm      time.Duration // of changes before those that count
@@ -73,6 +74,7 @@ func parse(args []string, getenv func(string) string) (plan, error) {
 	sizes := fs.String("sizes", "", "comma list of numbers of Services; default 1000,5000,10000")
 	fs.IntVar(&p.endpoints, "endpoints", p.endpoints, "endpoints in all")
 	fs.IntVar(&p.sidecars, "sidecars", p.sidecars, "sidecars")
+	fs.IntVar(&p.pods, "pods", 0, "pods with a proxy; default as many as sidecars")
 	fs.IntVar(&p.rate, "rate", p.rate, "changes a second")
 	fs.DurationVar(&p.length, "for", p.length, "how long there are changes")
 	fs.BoolVar(&p.docs, "docs", p.docs, "write docs/bench-control-plane.md")
@@ -88,6 +90,9 @@ func parse(args []string, getenv func(string) string) (plan, error) {
 			}
 			p.sizes = append(p.sizes, n)
 		}
+	}
+	if p.pods = max(p.pods, p.sidecars); p.pods > p.endpoints {
+		return p, fmt.Errorf("%d pods: each is an endpoint, of which there are %d", p.pods, p.endpoints)
 	}
 	if p.sidecars < 1 || p.rate < 1 || p.endpoints < 1 || p.endpoints > 1_000_000 {
 		return p, errors.New("--sidecars and --rate must be at least 1, --endpoints at most 1000000")
@@ -157,7 +162,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 }
 
 func (p plan) describe() string {
-	return fmt.Sprintf("%d endpoints, %d sidecars that use %d destinations each, %d changes of endpoints a second for %s", p.endpoints, p.sidecars, p.uses, p.rate, p.length)
+	return fmt.Sprintf("%d endpoints, %d pods, %d sidecars that use %d destinations each, %d changes of endpoints a second for %s", p.endpoints, p.pods, p.sidecars, p.uses, p.rate, p.length)
 }
 
 func build(ctx context.Context, root, bin string) error {

@@ -199,3 +199,21 @@ func children() (map[string]int, error) {
 	}
 	return out, nil
 }
+
+// etcdURL is where the etcd of the testbed, a child, serves.
+func etcdURL() (string, error) {
+	kids, err := children()
+	if err != nil {
+		return "", err
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", kids["etcd"]))
+	if err != nil {
+		return "", fmt.Errorf("etcd: %w", err)
+	}
+	for arg := range strings.SplitSeq(string(text), "\x00") {
+		if url, ok := strings.CutPrefix(arg, "--advertise-client-urls="); ok {
+			return url, nil
+		}
+	}
+	return "", errors.New("etcd does not say where it serves")
+}

@@ -16,6 +16,7 @@ import (
 type result struct {
 	Services  int `json:"services"`
 	Endpoints int `json:"endpoints"`
+	Pods      int `json:"pods"`
 	Sidecars  int `json:"sidecars"`
 
 	FillSeconds   float64 `json:"fillSeconds"`   // to make the objects, which is the API server's
@@ -138,7 +139,7 @@ func page(all results) string {
 	line("A real kube-apiserver and etcd, the control plane, and the sidecars share one machine: %s.", all.Machine)
 	line("%s. A change is the move of one endpoint, patched in an EndpointSlice; one in ten is of", capital(all.Plan))
 	line("a Service that a tenth of the sidecars use. The sidecars are delta ADS streams, each with a connection of its own, in one")
-	line("other process; they acknowledge at once. Of the pods behind the endpoints, those of the sidecars exist.\n")
+	line("other process; they acknowledge at once. Of the pods behind the endpoints only some exist.\n")
 	head, rule := "| |", "|---|"
 	for _, r := range sizes {
 		head += fmt.Sprintf(" %d Services |", r.Services)

@@ -7,17 +7,19 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/rest"
 )
@@ -49,7 +51,7 @@ func podName(sidecar int) string { return fmt.Sprintf("pod-%d", sidecar) }
 
 func podService(sidecar, services int) int { return sidecar % services }
 
-func podIP(sidecar int) string { return fmt.Sprintf("10.200.%d.%d", sidecar/250, 1+sidecar%250) }
+func podIP(pod int) string { return fmt.Sprintf("10.%d.%d.%d", 200+pod>>16, pod>>8&255, pod&255) }
 
 // destinations are the Services that a sidecar uses: a popular one, and others at
 // random, the same in each run.
@@ -94,100 +96,140 @@ func (a *api) do(ctx context.Context, method, path, contentType string, body any
 			return fmt.Errorf("encode: %w", err)
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, method, a.config.Host+path, bytes.NewReader(text))
+	return post(ctx, a.client, method, a.config.Host+path, contentType, text)
+}
+
+func post(ctx context.Context, client *http.Client, method, url, contentType string, text []byte) error {
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(text))
 	if err != nil {
 		return fmt.Errorf("the address: %w", err)
 	}
 	req.Header.Set("Content-Type", contentType)
-	resp, err := a.client.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
-		return fmt.Errorf("ask the API server: %w", err)
+		return fmt.Errorf("ask: %w", err)
 	}
 	defer func() { _ = resp.Body.Close() }() // it was read
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	if err != nil {
-		return fmt.Errorf("%s %s: %w", method, path, err)
+		return fmt.Errorf("%s %s: %w", method, url, err)
 	}
 	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("%s %s: %s: %.300s", method, path, resp.Status, answer)
+		return fmt.Errorf("%s %s: %s: %.300s", method, url, resp.Status, answer)
 	}
 	return nil
 }
 
 const jsonType = "application/json"
 
-// fill makes the objects: Services, EndpointSlices, and the pods of the sidecars.
-func (a *api) fill(ctx context.Context, p plan, services int) error {
-	for n := range namespaces {
-		ns := corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespaceOf(n)}}
-		if err := a.do(ctx, http.MethodPost, "/api/v1/namespaces", jsonType, ns); err != nil {
-			return err
-		}
-	}
+// objects are all that there are: Services with their EndpointSlices, and pods.
+func objects(p plan, services int) iter.Seq2[string, any] {
+	made := metav1.NewTime(time.Now().Truncate(time.Second))
 	pods := make([][]int, services)
-	for i := range p.sidecars {
+	for i := range p.pods {
 		s := podService(i, services)
 		pods[s] = append(pods[s], i)
 	}
-	if err := parallel(ctx, services, func(ctx context.Context, i int) error {
-		path := "/api/v1/namespaces/" + namespaceOf(i) + "/services"
-		if err := a.do(ctx, http.MethodPost, path, jsonType, service(i)); err != nil {
-			return err
-		}
-		each := p.endpoints / services
-		for _, slice := range endpointSlices(i, each, pods[i]) {
-			if err := a.do(ctx, http.MethodPost, slicesPath(i), jsonType, slice); err != nil {
-				return err
+	n := 0
+	known := func(o metav1.Object) {
+		n++
+		o.SetUID(types.UID(fmt.Sprintf("00000000-0000-4000-8000-%012x", n)))
+		o.SetCreationTimestamp(made)
+	}
+	return func(yield func(string, any) bool) {
+		for i := range namespaces {
+			ns := &corev1.Namespace{
+				TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"}, ObjectMeta: metav1.ObjectMeta{Name: namespaceOf(i)},
+				Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive},
+			}
+			if known(ns); !yield("namespaces/"+ns.Name, ns) {
+				return
 			}
 		}
-		return nil
-	}); err != nil {
-		return err
-	}
-	return parallel(ctx, p.sidecars, func(ctx context.Context, i int) error {
-		pd := pod(i, services)
-		path := "/api/v1/namespaces/" + pd.Namespace + "/pods"
-		if err := a.do(ctx, http.MethodPost, path, jsonType, pd); err != nil {
-			return err
-		}
-		status := map[string]any{"status": map[string]any{"phase": "Running", "podIP": podIP(i), "podIPs": []map[string]string{{"ip": podIP(i)}}}}
-		return a.do(ctx, http.MethodPatch, path+"/"+pd.Name+"/status", "application/merge-patch+json", status)
-	})
-}
-
-func parallel(ctx context.Context, n int, do func(context.Context, int) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	next := make(chan int)
-	var wg sync.WaitGroup
-	for range workers {
-		wg.Go(func() {
-			for i := range next {
-				if err := do(ctx, i); err != nil {
-					cancel(err)
+		for i := range services {
+			s := service(i)
+			if known(s); !yield("services/specs/"+s.Namespace+"/"+s.Name, s) {
+				return
+			}
+			ip := ipAddress(s)
+			if known(ip); !yield("ipaddresses/"+ip.Name, ip) {
+				return
+			}
+			for _, slice := range endpointSlices(i, p.endpoints/services, pods[i]) {
+				if known(slice); !yield("endpointslices/"+slice.Namespace+"/"+slice.Name, slice) {
 					return
 				}
 			}
-		})
-	}
-	for i := range n {
-		select {
-		case next <- i:
-		case <-ctx.Done():
+		}
+		for i := range p.pods {
+			pd := pod(i, services)
+			if known(pd); !yield("pods/"+pd.Namespace+"/"+pd.Name, pd) {
+				return
+			}
 		}
 	}
-	close(next)
-	wg.Wait()
-	return context.Cause(ctx)
 }
 
-func service(i int) corev1.Service {
-	return corev1.Service{
+// fill puts all objects into etcd, where the API server finds them: its own way in
+// takes it some 20 ms of CPU time for a Service.
+func fill(ctx context.Context, etcd string, p plan, services int) error {
+	type put struct {
+		Key   []byte `json:"key"`
+		Value []byte `json:"value"`
+	}
+	type op struct {
+		RequestPut put `json:"requestPut"`
+	}
+	client := &http.Client{Timeout: time.Minute}
+	var batch []op
+	size := 0
+	flush := func() error {
+		text, err := json.Marshal(map[string]any{"success": batch})
+		if err != nil {
+			return fmt.Errorf("encode: %w", err)
+		}
+		batch, size = batch[:0], 0
+		return post(ctx, client, http.MethodPost, etcd+"/v3/kv/txn", jsonType, text)
+	}
+	// The limits of etcd are 128 and 1.5 MiB.
+	const most, mostBytes = 100, 1 << 19
+	for name, o := range objects(p, services) {
+		value, err := json.Marshal(o)
+		if err != nil {
+			return fmt.Errorf("encode: %w", err)
+		}
+		batch = append(batch, op{put{[]byte("/registry/" + name), value}})
+		if size += len(value); len(batch) == most || size > mostBytes {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return flush()
+}
+
+func service(i int) *corev1.Service {
+	single, cluster := corev1.IPFamilyPolicySingleStack, corev1.ServiceInternalTrafficPolicyCluster
+	ip := fmt.Sprintf("10.96.%d.%d", 1+i/250, 1+i%250)
+	return &corev1.Service{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespaceOf(i), Name: serviceName(i)},
 		Spec: corev1.ServiceSpec{
-			Selector: map[string]string{"app": serviceName(i)},
-			Ports:    []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080)}},
+			Selector: map[string]string{"app": serviceName(i)}, Type: corev1.ServiceTypeClusterIP, SessionAffinity: corev1.ServiceAffinityNone,
+			ClusterIP: ip, ClusterIPs: []string{ip}, IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol}, IPFamilyPolicy: &single, InternalTrafficPolicy: &cluster,
+			Ports: []corev1.ServicePort{{Name: "http", Port: 80, Protocol: corev1.ProtocolTCP, TargetPort: intstr.FromInt32(8080)}},
 		},
+	}
+}
+
+// ipAddress says whose an address is. Without it the API server would make it.
+func ipAddress(s *corev1.Service) *networkingv1.IPAddress {
+	return &networkingv1.IPAddress{
+		TypeMeta: metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "IPAddress"},
+		ObjectMeta: metav1.ObjectMeta{Name: s.Spec.ClusterIP, Labels: map[string]string{
+			networkingv1.LabelIPAddressFamily: string(corev1.IPv4Protocol), networkingv1.LabelManagedBy: "ipallocator.k8s.io",
+		}},
+		Spec: networkingv1.IPAddressSpec{ParentRef: &networkingv1.ParentReference{Resource: "services", Namespace: s.Namespace, Name: s.Name}},
 	}
 }
 
@@ -197,12 +239,13 @@ func slicesPath(service int) string {
 
 // endpointSlices are those of a Service. The first endpoint of all is the one that
 // changes; then come the pods that there are, and others that nobody has made.
-func endpointSlices(i, endpoints int, pods []int) []discoveryv1.EndpointSlice {
-	var out []discoveryv1.EndpointSlice
+func endpointSlices(i, endpoints int, pods []int) []*discoveryv1.EndpointSlice {
+	var out []*discoveryv1.EndpointSlice
 	name, port, ready := "http", int32(8080), true
 	for n := range endpoints {
 		if n%perSlice == 0 {
-			out = append(out, discoveryv1.EndpointSlice{
+			out = append(out, &discoveryv1.EndpointSlice{
+				TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
 				ObjectMeta: metav1.ObjectMeta{
 					Namespace: namespaceOf(i), Name: sliceName(i, n/perSlice), Labels: map[string]string{discoveryv1.LabelServiceName: serviceName(i)},
 				},
@@ -218,7 +261,7 @@ func endpointSlices(i, endpoints int, pods []int) []discoveryv1.EndpointSlice {
 		case n-1 < len(pods):
 			address, target = podIP(pods[n-1]), podName(pods[n-1])
 		}
-		last := &out[len(out)-1]
+		last := out[len(out)-1]
 		last.Endpoints = append(last.Endpoints, discoveryv1.Endpoint{
 			Addresses: []string{address}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}, Zone: &zone,
 			TargetRef: &corev1.ObjectReference{Kind: "Pod", Namespace: namespaceOf(i), Name: target},
@@ -229,21 +272,31 @@ func endpointSlices(i, endpoints int, pods []int) []discoveryv1.EndpointSlice {
 
 func sliceName(service, n int) string { return fmt.Sprintf("%s-%d", serviceName(service), n) }
 
-// pod is that of a sidecar.
-func pod(i, services int) corev1.Pod {
+// pod is that of a sidecar, or one more.
+func pod(i, services int) *corev1.Pod {
 	s := podService(i, services)
-	return corev1.Pod{
+	container := func(name string, ports ...corev1.ContainerPort) corev1.Container {
+		return corev1.Container{
+			Name: name, Image: "registry.example/" + name + ":1.0", Ports: ports, ImagePullPolicy: corev1.PullIfNotPresent,
+			TerminationMessagePath: corev1.TerminationMessagePathDefault, TerminationMessagePolicy: corev1.TerminationMessageReadFile,
+		}
+	}
+	grace, controller := int64(30), true
+	return &corev1.Pod{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: namespaceOf(s), Name: podName(i), Labels: map[string]string{"app": serviceName(s)},
-			Annotations: map[string]string{"outrigger.dev/status": "injected"},
+			Namespace: namespaceOf(s), Name: podName(i), Labels: map[string]string{"app": serviceName(s), "pod-template-hash": "5d8f7c9b6d"},
+			Annotations:     map[string]string{"outrigger.dev/status": "injected"},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: serviceName(s) + "-5d8f7c9b6d", UID: "00000000-0000-4000-8000-000000000000", Controller: &controller}},
 		},
 		Spec: corev1.PodSpec{
-			ServiceAccountName: "default",
+			ServiceAccountName: "default", NodeName: fmt.Sprintf("node-%d", i%100), RestartPolicy: corev1.RestartPolicyAlways, DNSPolicy: corev1.DNSClusterFirst,
+			SchedulerName: corev1.DefaultSchedulerName, TerminationGracePeriodSeconds: &grace, SecurityContext: &corev1.PodSecurityContext{},
 			Containers: []corev1.Container{
-				{Name: "application", Image: "application", Ports: []corev1.ContainerPort{{ContainerPort: 8080}}},
-				{Name: "outrigger-proxy", Image: "outrigger/sidecar"},
+				container("application", corev1.ContainerPort{ContainerPort: 8080, Protocol: corev1.ProtocolTCP}), container("outrigger-proxy"),
 			},
 		},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: podIP(i), PodIPs: []corev1.PodIP{{IP: podIP(i)}}, QOSClass: corev1.PodQOSBestEffort},
 	}
 }
 
