@@ -63,7 +63,11 @@ func (f *folder) write(o translate.Objects) {
 // published is a Publisher that keeps what it was told.
 type published struct{ meshes []*mesh.Mesh }
 
-func (p *published) Publish(m *mesh.Mesh) error {
+func (p *published) Update(m *mesh.Mesh, _ mesh.Change, seen time.Time) error {
+	return p.Replace(m, seen)
+}
+
+func (p *published) Replace(m *mesh.Mesh, _ time.Time) error {
 	p.meshes = append(p.meshes, m)
 	return nil
 }
