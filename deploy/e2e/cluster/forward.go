@@ -31,7 +31,7 @@ func (c *Cluster) Forward(ctx context.Context, namespace, pod string, port int) 
 	go func() { done <- f.ForwardPorts() }()
 	stop = func() {
 		close(end)
-		<-done
+		_ = <-done // it was ended, whatever it says
 	}
 	select {
 	case err := <-done:

@@ -52,7 +52,10 @@ data:
   Corefile: |
     .:53 {
         errors
-        health
+        # Serves on for a while after it was told to end, until kube-proxy has heard of it.
+        health {
+            lameduck 5s
+        }
         ready
         kubernetes cluster.local in-addr.arpa {
             pods insecure
@@ -274,7 +277,10 @@ func (c *Cluster) Describe(ctx context.Context, namespace string) string {
 		for _, s := range append(p.Status.InitContainerStatuses, p.Status.ContainerStatuses...) {
 			fmt.Fprintf(&b, "\n    %s: ready %v, restarts %d, %s", s.Name, s.Ready, s.RestartCount, state(s.State))
 			if text, err := c.ContainerLog(ctx, namespace, p.Name, s.Name, 12); err == nil && strings.TrimSpace(text) != "" {
-				b.WriteString("\n        " + strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n        "))
+				for line := range strings.Lines(strings.TrimSpace(text)) {
+					line = strings.TrimSpace(line)
+					b.WriteString("\n        " + line[:min(len(line), 400)])
+				}
 			}
 		}
 	}

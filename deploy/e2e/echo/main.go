@@ -243,7 +243,7 @@ func (c client) http(ctx context.Context, out io.Writer, target *url.URL) error 
 		Transport: &http.Transport{
 			// A connection for each call, so that each is balanced.
 			DisableKeepAlives: true,
-			//nolint:gosec // the server's certificate is made by itself; these tests are not about it
+			// The server's certificate is made by itself; these tests are not about it.
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		},
 	}

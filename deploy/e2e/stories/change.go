@@ -24,7 +24,7 @@ func (sc *scene) world(ctx context.Context, replicas int, web, load string) erro
 	if err := sc.start(ctx, sc.server("web", replicas, "", web), "web"); err != nil {
 		return err
 	}
-	return sc.start(ctx, sc.load("load", "http://web/", load), "load")
+	return sc.start(ctx, sc.load("http://web/", load), "load")
 }
 
 // rollout: every pod of a Deployment is replaced, twice.
@@ -33,7 +33,7 @@ func rollout(ctx context.Context, sc *scene) error {
 		return err
 	}
 	for _, what := range []string{"the first rolling update", "the second rolling update"} {
-		if err := sc.during(ctx, "load", what, func(ctx context.Context) error {
+		if err := sc.during(ctx, what, func(ctx context.Context) error {
 			if err := sc.Restart(ctx, sc.namespace, "web"); err != nil {
 				return err
 			}
@@ -59,7 +59,7 @@ func scale(ctx context.Context, sc *scene) error {
 		}
 	}
 	for _, n := range []int{5, 1, 3} {
-		if err := sc.during(ctx, "load", fmt.Sprintf("scaled to %d", n), to(n)); err != nil {
+		if err := sc.during(ctx, fmt.Sprintf("scaled to %d", n), to(n)); err != nil {
 			return err
 		}
 	}
@@ -72,7 +72,7 @@ func scale(ctx context.Context, sc *scene) error {
 	}
 	// Nobody is there: the proxy says so, at once.
 	if err := cluster.WaitFor(ctx, time.Minute, "calls to nobody to be refused with 503", func(ctx context.Context) error {
-		answers, err := sc.try(ctx, loads[0].Name, "app", "http://web/")
+		answers, err := sc.try(ctx, loads[0].Name, "http://web/")
 		if err != nil {
 			return err
 		}
@@ -88,12 +88,12 @@ func scale(ctx context.Context, sc *scene) error {
 	}
 	began := time.Now()
 	if err := cluster.WaitFor(ctx, 20*time.Second, "answers again", func(ctx context.Context) error {
-		return all200(sc.try(ctx, loads[0].Name, "app", "--fresh", "--count=10", "http://web/"))
+		return all200(sc.try(ctx, loads[0].Name, "--fresh", "--count=10", "http://web/"))
 	}); err != nil {
 		return err
 	}
 	sc.report("scale: served again %.1f s after the pods were available", time.Since(began).Seconds())
-	return sc.during(ctx, "load", "back from zero", func(ctx context.Context) error { return pause(ctx, 2*time.Second) })
+	return sc.during(ctx, "back from zero", func(ctx context.Context) error { return pause(ctx, 2*time.Second) })
 }
 
 // drain: a node is emptied, the product's own pods among the others, as kubectl drain does.
@@ -109,7 +109,7 @@ func drain(ctx context.Context, sc *scene) error {
 	}
 	const node = "node-2"
 	defer func() { _ = sc.cordon(context.WithoutCancel(ctx), node, false) }() // other stories need it
-	err := sc.during(ctx, "load", node+" is drained", func(ctx context.Context) error {
+	err := sc.during(ctx, node+" is drained", func(ctx context.Context) error {
 		if err := sc.cordon(ctx, node, true); err != nil {
 			return err
 		}
@@ -118,7 +118,7 @@ func drain(ctx context.Context, sc *scene) error {
 	if err != nil {
 		return err
 	}
-	return sc.during(ctx, "load", node+" is back", func(ctx context.Context) error {
+	return sc.during(ctx, node+" is back", func(ctx context.Context) error {
 		if err := sc.cordon(ctx, node, false); err != nil {
 			return err
 		}
@@ -180,7 +180,7 @@ func controlPlane(ctx context.Context, sc *scene) error {
 	if err := sc.world(ctx, 2, "", ""); err != nil {
 		return err
 	}
-	if err := sc.during(ctx, "load", "the control plane is killed", func(ctx context.Context) error {
+	if err := sc.during(ctx, "the control plane is killed", func(ctx context.Context) error {
 		if err := sc.kill(ctx, "app.kubernetes.io/name=outrigger-control-plane"); err != nil {
 			return err
 		}
@@ -188,7 +188,7 @@ func controlPlane(ctx context.Context, sc *scene) error {
 	}); err != nil {
 		return err
 	}
-	if err := sc.during(ctx, "load", "a rolling update afterwards", func(ctx context.Context) error {
+	if err := sc.during(ctx, "a rolling update afterwards", func(ctx context.Context) error {
 		if err := sc.Restart(ctx, sc.namespace, "web"); err != nil {
 			return err
 		}
@@ -196,7 +196,7 @@ func controlPlane(ctx context.Context, sc *scene) error {
 	}); err != nil {
 		return err
 	}
-	return sc.during(ctx, "load", "a rolling update of the control plane", func(ctx context.Context) error {
+	return sc.during(ctx, "a rolling update of the control plane", func(ctx context.Context) error {
 		if err := sc.Restart(ctx, system, "outrigger-control-plane"); err != nil {
 			return err
 		}
@@ -220,7 +220,7 @@ func collectors(ctx context.Context, sc *scene) error {
 	if err := sc.world(ctx, 2, "", ""); err != nil {
 		return err
 	}
-	if err := sc.during(ctx, "load", "the collectors are killed", func(ctx context.Context) error {
+	if err := sc.during(ctx, "the collectors are killed", func(ctx context.Context) error {
 		if err := sc.kill(ctx, "app.kubernetes.io/name=outrigger-collector"); err != nil {
 			return err
 		}
@@ -287,7 +287,7 @@ func rotation(ctx context.Context, sc *scene) error {
 	}
 	const metric = "outrigger_certificate_expiry_timestamp_seconds"
 	exchanged, last := 0, 0.0
-	err = sc.during(ctx, "load", "certificates of one minute", func(ctx context.Context) error {
+	err = sc.during(ctx, "certificates of one minute", func(ctx context.Context) error {
 		return cluster.WaitFor(ctx, 5*time.Minute, "three exchanges of a certificate", func(ctx context.Context) error {
 			expiry, found, err := sc.metric(ctx, &webs[0], metric, `kind="workload"`)
 			if err == nil && !found {

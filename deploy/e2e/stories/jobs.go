@@ -35,9 +35,9 @@ spec:
 	if err := sc.start(ctx, sc.server("web", 1, "", ""), "web"); err != nil {
 		return err
 	}
-	if err := sc.Apply(ctx, sc.job("completes", "", `"--url=http://web/", "--calls=5"`, "completions: 3\n  parallelism: 3")+
-		sc.job("fails", "", `"--url=http://web/", "--exit=3"`, "backoffLimit: 1")+
-		sc.job("late", "", `"--url=http://web/", "--sleep=10m"`, "activeDeadlineSeconds: 15")); err != nil {
+	if err := sc.Apply(ctx, sc.job("completes", `"--url=http://web/", "--calls=5"`, "completions: 3\n  parallelism: 3")+
+		sc.job("fails", `"--url=http://web/", "--exit=3"`, "backoffLimit: 1")+
+		sc.job("late", `"--url=http://web/", "--sleep=10m"`, "activeDeadlineSeconds: 15")); err != nil {
 		return err
 	}
 	if err := sc.jobEnds(ctx, "completes", batchv1.JobComplete); err != nil {

@@ -41,12 +41,12 @@ func labelled(ctx context.Context, sc *scene) error {
 		return err
 	}
 	front := fronts[0].Name
-	if err := all200(sc.get(ctx, front, "app", "--count=50", "http://web/hello")); err != nil {
+	if err := all200(sc.get(ctx, front, "--count=50", "http://web/hello")); err != nil {
 		return err
 	}
 	// By the address of a pod, past any Service, and to itself.
 	for _, url := range []string{"http://" + webs[0].Status.PodIP + ":8080/direct", "http://front/self", "http://localhost:8080/loopback"} {
-		if err := all200(sc.get(ctx, front, "app", url)); err != nil {
+		if err := all200(sc.get(ctx, front, url)); err != nil {
 			return fmt.Errorf("%s: %w", url, err)
 		}
 	}
@@ -111,11 +111,11 @@ func strict(ctx context.Context, sc *scene) error {
 			return err
 		}
 	}
-	if err := all200(sc.get(ctx, "member", "app", "--count=20", "http://web/")); err != nil {
+	if err := all200(sc.get(ctx, "member", "--count=20", "http://web/")); err != nil {
 		return fmt.Errorf("a member: %w", err)
 	}
 	for _, url := range []string{"http://web/", "http://" + webs[0].Status.PodIP + ":8080/"} {
-		answers, err := sc.try(ctx, "stranger", "app", "--fresh", "--count=5", "--timeout=5s", url)
+		answers, err := sc.try(ctx, "stranger", "--fresh", "--count=5", "--timeout=5s", url)
 		if err != nil {
 			return err
 		}
@@ -137,7 +137,7 @@ func strict(ctx context.Context, sc *scene) error {
 		return err
 	}
 	return cluster.WaitFor(ctx, 20*time.Second, "a stranger to be served where it is permitted", func(ctx context.Context) error {
-		return all200(sc.try(ctx, "stranger", "app", "--fresh", "http://web/"))
+		return all200(sc.try(ctx, "stranger", "--fresh", "http://web/"))
 	})
 }
 
@@ -159,7 +159,7 @@ func authorization(ctx context.Context, sc *scene) error {
 		if err := sc.ready(ctx, p); err != nil {
 			return err
 		}
-		if err := all200(sc.get(ctx, p, "app", "http://web/private")); err != nil {
+		if err := all200(sc.get(ctx, p, "http://web/private")); err != nil {
 			return fmt.Errorf("%s without a policy: %w", p, err)
 		}
 	}
@@ -177,7 +177,7 @@ spec:
 	}
 	is := func(who, path string, status int) error {
 		return cluster.WaitFor(ctx, 20*time.Second, fmt.Sprintf("%s to get %d for %s", who, status, path), func(ctx context.Context) error {
-			answers, err := sc.try(ctx, who, "app", "http://web"+path)
+			answers, err := sc.try(ctx, who, "http://web"+path)
 			if err != nil {
 				return err
 			}
@@ -250,14 +250,14 @@ func envoy(ctx context.Context, sc *scene) error {
 		return err
 	}
 	if err := cluster.WaitFor(ctx, 20*time.Second, "answers by Envoy", func(ctx context.Context) error {
-		return all200(sc.try(ctx, ours[0].Name, "app", "http://web/first"))
+		return all200(sc.try(ctx, ours[0].Name, "http://web/first"))
 	}); err != nil {
 		return err
 	}
-	if err := all200(sc.get(ctx, ours[0].Name, "app", "--count=50", "http://web/to-envoy")); err != nil {
+	if err := all200(sc.get(ctx, ours[0].Name, "--count=50", "http://web/to-envoy")); err != nil {
 		return fmt.Errorf("to Envoy: %w", err)
 	}
-	if err := all200(sc.get(ctx, webs[0].Name, "app", "--count=50", "http://ours/from-envoy")); err != nil {
+	if err := all200(sc.get(ctx, webs[0].Name, "--count=50", "http://ours/from-envoy")); err != nil {
 		return fmt.Errorf("from Envoy: %w", err)
 	}
 	return cluster.WaitFor(ctx, 20*time.Second, "our access log to have the calls by mutual TLS", func(ctx context.Context) error {

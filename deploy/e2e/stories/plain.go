@@ -36,7 +36,7 @@ func plain(ctx context.Context, sc *scene) error {
 	// kube-proxy takes a second at most to know of a pod that has become ready.
 	if err := cluster.WaitFor(ctx, 20*time.Second, "answers of 3 pods", func(ctx context.Context) error {
 		for _, url := range []string{"http://right/", "http://right." + sc.namespace + ".svc.cluster.local/", "http://left/"} {
-			answers, err := sc.try(ctx, pods[0].Name, "app", "--fresh", "--count=10", url)
+			answers, err := sc.try(ctx, pods[0].Name, "--fresh", "--count=10", url)
 			if err := all200(answers, err); err != nil {
 				return fmt.Errorf("%s: %w", url, err)
 			}
@@ -51,10 +51,10 @@ func plain(ctx context.Context, sc *scene) error {
 	}); err != nil {
 		return err
 	}
-	if err := all200(sc.get(ctx, pods[0].Name, "app", "--fresh", "--count=50", "http://right/")); err != nil {
+	if err := all200(sc.get(ctx, pods[0].Name, "--fresh", "--count=50", "http://right/")); err != nil {
 		return err
 	}
-	if err := sc.Apply(ctx, sc.job("calls", "", "--url=http://right/", "")); err != nil {
+	if err := sc.Apply(ctx, sc.job("calls", "--url=http://right/", "")); err != nil {
 		return err
 	}
 	return sc.jobEnds(ctx, "calls", batchv1.JobComplete)
@@ -98,12 +98,9 @@ spec:
 }
 
 // job is a Job of the app; args are flow YAML strings, spec is added to the Job's.
-func (sc *scene) job(name, meta, args, spec string) string {
+func (sc *scene) job(name, args, spec string) string {
 	if spec != "" {
 		spec = "\n  " + spec
-	}
-	if meta != "" {
-		meta = "\n    metadata: {" + meta + "}"
 	}
 	return fmt.Sprintf(`
 ---
@@ -111,12 +108,12 @@ apiVersion: batch/v1
 kind: Job
 metadata: {name: %s, namespace: %s}
 spec:%s
-  template:%s
+  template:
     spec:
       restartPolicy: Never
       containers:
       - {name: app, image: "outrigger-e2e/app:here", imagePullPolicy: Never, args: [job, %s]}
-`, name, sc.namespace, spec, meta, args)
+`, name, sc.namespace, spec, args)
 }
 
 // jobEnds waits until a Job has come to the end that is expected.
@@ -153,10 +150,10 @@ func (a answer) pod() string {
 	return body.Pod
 }
 
-// get calls from the container of a pod, and counts: each call that got no answer,
+// get calls from the container app of a pod, and counts: each call that got no answer,
 // or one above 499, failed.
-func (sc *scene) get(ctx context.Context, pod, container string, args ...string) ([]answer, error) {
-	answers, err := sc.try(ctx, pod, container, args...)
+func (sc *scene) get(ctx context.Context, pod string, args ...string) ([]answer, error) {
+	answers, err := sc.try(ctx, pod, args...)
 	for _, a := range answers {
 		sc.requests++
 		if a.Error != "" || a.Status > 499 {
@@ -167,8 +164,8 @@ func (sc *scene) get(ctx context.Context, pod, container string, args ...string)
 }
 
 // try is get for calls that may fail: they do not count.
-func (sc *scene) try(ctx context.Context, pod, container string, args ...string) ([]answer, error) {
-	out, err := sc.Exec(ctx, sc.namespace, pod, container, append([]string{"/app", "get"}, args...)...)
+func (sc *scene) try(ctx context.Context, pod string, args ...string) ([]answer, error) {
+	out, err := sc.Exec(ctx, sc.namespace, pod, "app", append([]string{"/app", "get"}, args...)...)
 	if err != nil {
 		return nil, err
 	}

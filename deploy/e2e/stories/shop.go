@@ -58,7 +58,7 @@ spec:
 	if err := sc.Apply(ctx, observe); err != nil {
 		return err
 	}
-	if err := sc.start(ctx, sc.load("load", "http://storefront/checkout", "")+sc.caller("user", "", ""), "load"); err != nil {
+	if err := sc.start(ctx, sc.load("http://storefront/checkout", "")+sc.caller("user", "", ""), "load"); err != nil {
 		return err
 	}
 	if err := sc.ready(ctx, "user"); err != nil {
@@ -75,7 +75,7 @@ spec:
 		if err != nil {
 			return err
 		}
-		return all200(sc.try(ctx, "user", "app", "--method=POST", "http://"+pays[0].Status.PodIP+":8080/demo/"+verb))
+		return all200(sc.try(ctx, "user", "--method=POST", "http://"+pays[0].Status.PodIP+":8080/demo/"+verb))
 	}
 	// opened is the first record of the breaker, in a mode, since a time.
 	opened := func(ctx context.Context, mode string, since time.Time) (map[string]any, error) {
@@ -96,11 +96,11 @@ spec:
 		})
 		return found, err
 	}
-	if err := sc.during(ctx, "load", "all is well", func(ctx context.Context) error { return pause(ctx, 5*time.Second) }); err != nil {
+	if err := sc.during(ctx, "all is well", func(ctx context.Context) error { return pause(ctx, 5*time.Second) }); err != nil {
 		return err
 	}
 
-	if err := sc.during(ctx, "load", "payments fails, the breaker observes", func(ctx context.Context) error {
+	if err := sc.during(ctx, "payments fails, the breaker observes", func(ctx context.Context) error {
 		began := time.Now()
 		if err := failing(ctx, "fail"); err != nil {
 			return err
@@ -116,7 +116,7 @@ spec:
 		return err
 	}
 
-	if err := sc.during(ctx, "load", "payments fails, the breaker enforces", func(ctx context.Context) error {
+	if err := sc.during(ctx, "payments fails, the breaker enforces", func(ctx context.Context) error {
 		began := time.Now()
 		if err := sc.Apply(ctx, string(policies)); err != nil {
 			return err
@@ -138,12 +138,12 @@ spec:
 		return err
 	}
 
-	return sc.during(ctx, "load", "payments is well again", func(ctx context.Context) error {
+	return sc.during(ctx, "payments is well again", func(ctx context.Context) error {
 		if err := failing(ctx, "heal"); err != nil {
 			return err
 		}
 		return cluster.WaitFor(ctx, 40*time.Second, "charges to be made at once again", func(ctx context.Context) error {
-			answers, err := sc.try(ctx, "user", "app", "--count=20", "http://storefront/checkout")
+			answers, err := sc.try(ctx, "user", "--count=20", "http://storefront/checkout")
 			if err := all200(answers, err); err != nil {
 				return err
 			}

@@ -41,8 +41,8 @@ spec:%s
 `, name, sc.namespace, meta, spec)
 }
 
-// load is a Deployment of one pod that calls the target for ever.
-func (sc *scene) load(name, target, spec string) string {
+// load is a Deployment of one pod, called load, that calls the target for ever.
+func (sc *scene) load(target, spec string) string {
 	if spec != "" {
 		spec = "\n      " + spec
 	}
@@ -50,21 +50,21 @@ func (sc *scene) load(name, target, spec string) string {
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata: {name: %[1]s, namespace: %[2]s}
+metadata: {name: load, namespace: %[1]s}
 spec:
   replicas: 1
-  selector: {matchLabels: {app: %[1]s}}
+  selector: {matchLabels: {app: load}}
   template:
-    metadata: {labels: {app: %[1]s}}
-    spec:%[4]s
+    metadata: {labels: {app: load}}
+    spec:%[3]s
       terminationGracePeriodSeconds: 2
       containers:
       - name: app
         image: outrigger-e2e/app:here
         imagePullPolicy: Never
-        args: [load, "--target=%[3]s"]
+        args: [load, "--target=%[2]s"]
         readinessProbe: {exec: {command: [/app, stats]}, periodSeconds: 1}
-`, name, sc.namespace, target, spec)
+`, sc.namespace, target, spec)
 }
 
 // loadStats is what app stats prints.
@@ -75,14 +75,14 @@ type loadStats struct {
 	Errors           []string
 }
 
-func (sc *scene) stats(ctx context.Context, name string) (loadStats, error) {
+func (sc *scene) stats(ctx context.Context) (loadStats, error) {
 	var s loadStats
-	pods, err := sc.Pods(ctx, sc.namespace, "app="+name)
+	pods, err := sc.Pods(ctx, sc.namespace, "app=load")
 	if err != nil {
 		return s, err
 	}
 	if len(pods) != 1 {
-		return s, fmt.Errorf("%d pods of %s, not 1", len(pods), name)
+		return s, fmt.Errorf("%d pods of load, not 1", len(pods))
 	}
 	out, err := sc.Exec(ctx, sc.namespace, pods[0].Name, "app", "/app", "stats")
 	if err != nil {
@@ -94,10 +94,10 @@ func (sc *scene) stats(ctx context.Context, name string) (loadStats, error) {
 	return s, nil
 }
 
-// during does something while the load named calls, and a moment longer, and fails
+// during does something while the Deployment load calls, and a moment longer, and fails
 // when one of its calls did. What was called before does not count.
-func (sc *scene) during(ctx context.Context, load, what string, do func(context.Context) error) error {
-	before, err := sc.stats(ctx, load)
+func (sc *scene) during(ctx context.Context, what string, do func(context.Context) error) error {
+	before, err := sc.stats(ctx)
 	if err != nil {
 		return err
 	}
@@ -105,7 +105,7 @@ func (sc *scene) during(ctx context.Context, load, what string, do func(context.
 	if doErr == nil {
 		doErr = pause(ctx, 3*time.Second)
 	}
-	after, err := sc.stats(context.WithoutCancel(ctx), load)
+	after, err := sc.stats(context.WithoutCancel(ctx))
 	if err != nil {
 		return errors.Join(doErr, err)
 	}
