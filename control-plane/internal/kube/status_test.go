@@ -32,6 +32,8 @@ type nowhere struct{}
 
 func (nowhere) Publish(*mesh.Mesh) error { return nil }
 
+func (nowhere) Replace(*mesh.Mesh, time.Time) error { return nil }
+
 // to is where meshes are published.
 func (r *rig) to() rebuild.Publisher {
 	if r.publisher != nil {
