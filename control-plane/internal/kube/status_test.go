@@ -34,6 +34,8 @@ func (nowhere) Publish(*mesh.Mesh) error { return nil }
 
 func (nowhere) Replace(*mesh.Mesh, time.Time) error { return nil }
 
+func (nowhere) Update(_ *mesh.Mesh, _ mesh.Change, _ time.Time) error { return nil }
+
 // to is where meshes are published.
 func (r *rig) to() rebuild.Publisher {
 	if r.publisher != nil {
