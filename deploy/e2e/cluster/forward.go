@@ -27,15 +27,19 @@ func (c *Cluster) Forward(ctx context.Context, namespace, pod string, port int) 
 	if err != nil {
 		return "", nil, fmt.Errorf("port-forward to %s/%s: %w", namespace, pod, err)
 	}
-	done := make(chan error, 1)
-	go func() { done <- f.ForwardPorts() }()
+	done := make(chan struct{})
+	var ended error
+	go func() {
+		ended = f.ForwardPorts()
+		close(done)
+	}()
 	stop = func() {
 		close(end)
-		_ = <-done // it was ended, whatever it says
+		<-done
 	}
 	select {
-	case err := <-done:
-		return "", nil, fmt.Errorf("port-forward to %s/%s: %w: %s", namespace, pod, err, told.String())
+	case <-done:
+		return "", nil, fmt.Errorf("port-forward to %s/%s: %w: %s", namespace, pod, ended, told.String())
 	case <-ctx.Done():
 		stop()
 		return "", nil, ctx.Err()
