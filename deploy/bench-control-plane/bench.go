@@ -36,13 +36,14 @@ type bench struct {
 	bytes    chan int64
 	fleetErr chan error
 
-	mu      sync.Mutex
-	pending map[int][]pendingChange // by Service, oldest first
-	delays  measure.Histogram       // of the changes that count
-	patches measure.Histogram       // how long the API server took for those
-	longest time.Duration
-	late    int // patches that failed
-	lastErr error
+	mu       sync.Mutex
+	pending  map[int][]pendingChange // by Service, oldest first
+	changing map[int]bool            // Services that the API server has not answered for yet
+	delays   measure.Histogram       // of the changes that count
+	patches  measure.Histogram       // how long the API server took for those
+	longest  time.Duration
+	late     int // patches that failed
+	lastErr  error
 }
 
 type pendingChange struct {
@@ -136,7 +137,8 @@ func (b *bench) startFleet(ctx context.Context, r *result) error {
 	if b.fleet, err = start(b.dir, "sidecars", true, self, sidecarArgs(b.xds, b.plan, b.services)...); err != nil {
 		return err
 	}
-	b.synced, b.bytes, b.fleetErr, b.pending = make(chan struct{}), make(chan int64, 1), make(chan error, 1), map[int][]pendingChange{}
+	b.synced, b.bytes, b.fleetErr = make(chan struct{}), make(chan int64, 1), make(chan error, 1)
+	b.pending, b.changing = map[int][]pendingChange{}, map[int]bool{}
 	go func() { b.fleetErr <- b.read(b.fleet.stdout) }() // ends with the process
 	select {
 	case <-b.synced:
@@ -305,6 +307,10 @@ func (b *bench) churn(ctx context.Context, r *result, sidecar *process) error {
 		if n%10 == 0 {
 			s = n / 10 % popular
 		}
+		// Two changes of one Service at once might arrive in either order.
+		for next := n; b.begin(s); next++ {
+			s = turns[next%len(turns)]
+		}
 		jobs <- job{s, n, !measuring.IsZero()}
 	}
 	took := time.Since(measuring).Seconds()
@@ -317,6 +323,15 @@ func (b *bench) churn(ctx context.Context, r *result, sidecar *process) error {
 	return errors.Join(b.settled(ctx), b.conclude(ctx, r, from, to, took, sidecar))
 }
 
+// begin reports whether the Service is being changed, and notes that it is.
+func (b *bench) begin(service int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	was := b.changing[service]
+	b.changing[service] = true
+	return was
+}
+
 func (b *bench) patch(ctx context.Context, service, n int, count bool) {
 	sent := time.Now()
 	b.mu.Lock()
@@ -325,6 +340,7 @@ func (b *bench) patch(ctx context.Context, service, n int, count bool) {
 	err := b.api.change(ctx, service, n)
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	delete(b.changing, service)
 	if err != nil {
 		b.late, b.lastErr = b.late+1, err
 		return
