@@ -61,12 +61,12 @@ func (b *bench) measure(ctx context.Context) (_ *result, err error) {
 		return nil, err
 	}
 	r := &result{Services: b.services, Pods: b.pods, Endpoints: b.endpoints / b.services * b.services, Sidecars: b.sidecars}
-	server, err := testbed.Start()
+	server, err := testbed.Start() //nolint:contextcheck // it waits for 90 s at the longest
 	if err != nil {
 		return nil, fmt.Errorf("a kube-apiserver, which deploy/testbed/build.sh api builds: %w", err)
 	}
 	defer server.Stop()
-	if b.api, err = newAPI(server.Config); err != nil {
+	if b.api, err = newAPI(server); err != nil {
 		return nil, err
 	}
 	began := time.Now()
@@ -320,7 +320,8 @@ func (b *bench) churn(ctx context.Context, r *result, sidecar *process) error {
 		return err
 	}
 	wg.Wait()
-	return errors.Join(b.settled(ctx), b.conclude(ctx, r, from, to, took, sidecar))
+	settled := b.settled(ctx)
+	return errors.Join(b.conclude(ctx, r, from, to, took, sidecar), settled)
 }
 
 // begin reports whether the Service is being changed, and notes that it is.
@@ -432,6 +433,7 @@ func (b *bench) conclude(ctx context.Context, r *result, from, to figures, took 
 	r.Updates, r.Builds = metric(text, `outrigger_rebuild_updates_total{result="published"}`), metric(text, `outrigger_rebuild_total{result="published"}`)
 	r.Heap = metric(text, "go_memstats_heap_inuse_bytes") / (1 << 20)
 	r.PropagationP99 = quantile(text, "outrigger_xds_propagation_seconds", 0.99) * 1000
+	b.say("API server p50 %.0f ms, p99 %.0f ms; CPU: API server %.2f, control plane %.2f, sidecars %.2f", r.PatchP50, r.PatchP99, r.CPUAPI, r.CPU, r.CPUSidecars)
 	b.say("p50 %.0f ms, p99 %.0f ms, max %.0f ms of %d changes; %.2f CPU, %.0f MiB (at most %.0f)", r.P50, r.P99, r.Max, r.Changes, r.CPU, r.RSS, r.RSSMost)
 	return nil
 }
