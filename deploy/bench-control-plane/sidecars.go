@@ -239,14 +239,26 @@ func (f *fleet) arrived(service, sidecar, change int, at time.Time) {
 	}
 }
 
-// changeIn finds the address that says which change it is.
+// changeIn finds the address that says which change it is. What comes before a
+// string is its length, which is no digit and no dot.
 func changeIn(encoded []byte) int {
-	i := bytes.Index(encoded, []byte(markPrefix))
-	if i < 0 {
-		return 0
+	rest := encoded
+	for {
+		i := bytes.Index(rest, []byte(markPrefix))
+		if i < 0 {
+			return 0
+		}
+		before := byte(0)
+		if i > 0 {
+			before = rest[i-1]
+		}
+		rest = rest[i+len(markPrefix):]
+		if before != '.' && (before < '0' || before > '9') {
+			break
+		}
 	}
 	n, part := 0, 0
-	for _, c := range encoded[i+len(markPrefix):] {
+	for _, c := range rest {
 		switch {
 		case c >= '0' && c <= '9':
 			part = part*10 + int(c-'0')

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -21,7 +22,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
-	"k8s.io/client-go/rest"
+
+	"github.com/outrigger-mesh/outrigger/deploy/testbed"
 )
 
 const (
@@ -75,17 +77,25 @@ func mark(change int) string {
 
 // api is an API server, spoken to as its administrator.
 type api struct {
-	config *rest.Config
+	server *testbed.Server
 	client *http.Client
 }
 
-func newAPI(c *rest.Config) (*api, error) {
-	t, err := rest.TLSConfigFor(c)
+func newAPI(s *testbed.Server) (*api, error) {
+	c := s.Config.TLSClientConfig
+	pair, err := tls.X509KeyPair(c.CertData, c.KeyData)
 	if err != nil {
 		return nil, fmt.Errorf("credentials of the API server: %w", err)
 	}
-	t.MinVersion = tls.VersionTLS12
-	return &api{c, &http.Client{Transport: &http.Transport{TLSClientConfig: t, MaxIdleConnsPerHost: workers}, Timeout: time.Minute}}, nil
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(c.CAData)
+	return &api{s, &http.Client{
+		Transport: &http.Transport{
+			TLSClientConfig:     &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots, Certificates: []tls.Certificate{pair}},
+			MaxIdleConnsPerHost: workers, ForceAttemptHTTP2: true,
+		},
+		Timeout: time.Minute,
+	}}, nil
 }
 
 func (a *api) do(ctx context.Context, method, path, contentType string, body any) error {
@@ -96,7 +106,7 @@ func (a *api) do(ctx context.Context, method, path, contentType string, body any
 			return fmt.Errorf("encode: %w", err)
 		}
 	}
-	return post(ctx, a.client, method, a.config.Host+path, contentType, text)
+	return post(ctx, a.client, method, a.server.Config.Host+path, contentType, text)
 }
 
 func post(ctx context.Context, client *http.Client, method, url, contentType string, text []byte) error {
@@ -310,11 +320,11 @@ func (a *api) change(ctx context.Context, service, n int) error {
 // kubeconfig writes what the control plane connects with.
 func (a *api) kubeconfig(dir string) (string, error) {
 	type m = map[string]any
-	t := a.config.TLSClientConfig
+	t := a.server.Config.TLSClientConfig
 	path := filepath.Join(dir, "kubeconfig")
 	text, err := json.Marshal(m{
 		"apiVersion": "v1", "kind": "Config", "current-context": "bench",
-		"clusters": []m{{"name": "bench", "cluster": m{"server": a.config.Host, "certificate-authority-data": t.CAData}}},
+		"clusters": []m{{"name": "bench", "cluster": m{"server": a.server.Config.Host, "certificate-authority-data": t.CAData}}},
 		"users":    []m{{"name": "bench", "user": m{"client-certificate-data": t.CertData, "client-key-data": t.KeyData}}},
 		"contexts": []m{{"name": "bench", "context": m{"cluster": "bench", "user": "bench"}}},
 	})

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -48,7 +49,8 @@ type scope map[string]map[string]served
 
 // plane holds what a kind of data plane is told and who waits for changes.
 type plane struct {
-	set      *xds.Set
+	wanted   atomic.Bool // one has come; what nobody asks for is not made
+	set      *xds.Set    // nil before the first publish, and where it is not wanted
 	all      scope
 	overlays map[string]map[string]served              // namespace, route: what is served there instead
 	byName   map[string]map[string]map[*watch]struct{} // type, name
@@ -139,8 +141,8 @@ type configCache struct {
 	moving func(seen time.Time, dp xds.DataPlane, endpoints []*xds.Resource)
 
 	// publishing is held while a mesh is put in force: what it is made into is encoded
-	// under it, and not under mu. Sets and what views are built of change only with
-	// both held.
+	// under it, and not under mu. The mesh, the sets and what views are built of change
+	// only with both held.
 	publishing sync.Mutex
 
 	mu      sync.Mutex
@@ -166,6 +168,7 @@ func newConfigCache(grace time.Duration, now func() time.Time, wake func(), time
 		}
 		c.planes[dp] = p
 	}
+	c.planes[xds.Outrigger].wanted.Store(true)
 	return c
 }
 
@@ -183,6 +186,9 @@ func (c *configCache) publish(m *mesh.Mesh, seen time.Time) (out published, err 
 	// Build everything before changing anything: a failure leaves all in force.
 	sets := map[xds.DataPlane]*xds.Set{}
 	for dp, p := range c.planes {
+		if !p.wanted.Load() {
+			continue
+		}
 		if sets[dp], err = xds.Build(m, dp, p.set); err != nil {
 			return out, err
 		}
@@ -216,8 +222,9 @@ func (c *configCache) publish(m *mesh.Mesh, seen time.Time) (out published, err 
 	first := c.mesh == nil
 	c.mesh = m
 	var concerns []concern
-	for dp, p := range c.planes {
-		p.set = sets[dp]
+	for dp, set := range sets {
+		p := c.planes[dp]
+		p.set = set
 		cn := concern{p, map[string][]string{}, c.overlay(p, now)}
 		for _, t := range xds.TypeURLs() {
 			cn.names[t] = c.merge(p.all[t], p.set.Of(t), t == xds.ListenerType, now)
@@ -259,10 +266,13 @@ func moved(before, now xds.Resources) []*xds.Resource {
 func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out published, err error) {
 	c.publishing.Lock()
 	defer c.publishing.Unlock()
+	if c.mesh == nil {
+		return out, errors.New("an update of no mesh")
+	}
 	updates := map[xds.DataPlane]*xds.Update{}
 	for dp, p := range c.planes {
 		if p.set == nil {
-			return out, errors.New("an update of no mesh")
+			continue
 		}
 		if updates[dp], err = p.set.Prepare(m, ch); err != nil {
 			return out, err
@@ -284,9 +294,10 @@ func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out 
 		}
 	}
 	var concerns []concern
-	for dp, p := range c.planes {
+	for dp, update := range updates {
+		p := c.planes[dp]
 		cn := concern{p: p, names: map[string][]string{}}
-		for t, names := range updates[dp].Commit() {
+		for t, names := range update.Commit() {
 			for _, name := range names {
 				if c.mergeOne(p.all[t], name, p.set.Of(t)[name], t == xds.ListenerType, now) {
 					cn.names[t] = append(cn.names[t], name)
@@ -305,6 +316,35 @@ func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out 
 	}
 	c.tell(concerns, dirty)
 	return c.count(concerns), err
+}
+
+// want makes what a kind of data plane is told, from when the first of them comes.
+func (c *configCache) want(dp xds.DataPlane) error {
+	p := c.planes[dp]
+	if p.wanted.Load() {
+		return nil
+	}
+	c.publishing.Lock()
+	defer c.publishing.Unlock()
+	if p.wanted.Load() {
+		return nil
+	}
+	if c.mesh != nil {
+		set, err := xds.Build(c.mesh, dp, nil)
+		if err != nil {
+			return err
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		now := c.now()
+		p.set = set
+		c.overlay(p, now)
+		for _, t := range xds.TypeURLs() {
+			c.merge(p.all[t], set.Of(t), t == xds.ListenerType, now)
+		}
+	}
+	p.wanted.Store(true)
+	return nil
 }
 
 // concern is what is other than it was for a data plane.
@@ -873,19 +913,31 @@ func (c *configCache) foreign(a asker, typeURL, name string) bool {
 	return a.foreign(name, c.planes[a.dp].all[typeURL][name])
 }
 
-// sets returns a copy of what was built last for each data plane; nil before the first
-// publish.
-func (c *configCache) sets() map[xds.DataPlane]*xds.Set {
+// sets returns a copy of what was built last for each data plane, or would be where
+// none has come; nil before the first publish.
+func (c *configCache) sets() (map[xds.DataPlane]*xds.Set, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.mesh == nil {
-		return nil
-	}
+	m := c.mesh
 	out := make(map[xds.DataPlane]*xds.Set, len(c.planes))
 	for dp, p := range c.planes {
-		out[dp] = p.set.Clone()
+		if p.set != nil {
+			out[dp] = p.set.Clone()
+		}
 	}
-	return out
+	c.mu.Unlock()
+	if m == nil {
+		return nil, nil
+	}
+	for dp := range c.planes {
+		if out[dp] != nil {
+			continue
+		}
+		var err error
+		if out[dp], err = xds.Build(m, dp, nil); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
 }
 
 // CreateWatch implements cache.ConfigWatcher for SotW.

@@ -17,6 +17,7 @@
 //     removed_resources, SotW by a response without it that names it in
 //     resource_errors (xDS TP3). grpc-go 1.85 reads neither for a name that it
 //     never had, and waits 15 s by itself.
+//   - What Envoys and gRPC programs are told is made when the first of them comes.
 //   - Before the first Publish nothing is answered, so that a control plane that
 //     has just started never says of a service that it does not exist.
 //   - Additions are pushed in the order clusters, endpoints, listeners, routes.
@@ -206,9 +207,15 @@ func count(nodes []NodeStatus) []Applied {
 	return out
 }
 
-// Sets returns what is served, for each data plane; nil before the first
-// Publish.
-func (s *Server) Sets() map[xds.DataPlane]*xds.Set { return s.cache.sets() }
+// Sets returns what is served, for each data plane, or would be served where none
+// has come; nil before the first Publish. It costs as much as a Publish.
+func (s *Server) Sets() map[xds.DataPlane]*xds.Set {
+	sets, err := s.cache.sets()
+	if err != nil { // that could have been published
+		s.log.Error("a data plane that has not come yet could not be served", "error.message", err.Error())
+	}
+	return sets
+}
 
 // ErrNotLoopback says that configuration would be served in clear to a network.
 var ErrNotLoopback = errors.New("xDS without TLS is served on loopback only")

@@ -361,8 +361,23 @@ func (t *tracker) receive(key streamKey, node *corev3.Node, typeURL string) (*st
 	return s, s.of(typeURL), nil
 }
 
+// prepare makes what there is to be told to nodes of a kind. It may take long, for
+// the first of them, and is called without the lock.
+func (t *tracker) prepare(node *corev3.Node) error {
+	if node.GetId() == "" {
+		return nil // none, or it is refused
+	}
+	if err := t.cache.want(xds.DataPlaneOf(node.GetUserAgentName())); err != nil {
+		return grpcstatus.Errorf(codes.Internal, "node %s: %v", node.GetId(), err)
+	}
+	return nil
+}
+
 // OnStreamRequest implements the library's callbacks.
 func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) error {
+	if err := t.prepare(req.GetNode()); err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s, ts, err := t.receive(streamKey{false, id}, req.GetNode(), req.GetTypeUrl())
@@ -392,6 +407,9 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 
 // OnStreamDeltaRequest implements the library's callbacks.
 func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscoveryRequest) error {
+	if err := t.prepare(req.GetNode()); err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s, ts, err := t.receive(streamKey{true, id}, req.GetNode(), req.GetTypeUrl())
