@@ -13,7 +13,7 @@ DEMO_SECONDS ?= 0
 SOAK_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers h2spec e2e cluster soak bench-sidecar images manifests clean
+.PHONY: help build demo test check fuzz golden peers h2spec e2e cluster soak bench-sidecar bench-control-plane images manifests clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,12 @@ bench-sidecar: ## measure the sidecar beside nginx, HAProxy, Envoy and others; B
 	@mkdir -p $(CACHE)/bench/bin
 	@go build -o $(CACHE)/bench/bin/bench ./deploy/bench
 	@$(CACHE)/bench/bin/bench
+
+bench-control-plane: ## measure the control plane with 10,000 Services and 2,000 sidecars; BENCH_QUICK=1 takes 3 minutes, not 10
+	@deploy/testbed/build.sh api >/dev/null
+	@mkdir -p $(CACHE)/bench/bin
+	@go build -o $(CACHE)/bench/bin/bench-control-plane ./deploy/bench-control-plane
+	@$(CACHE)/bench/bin/bench-control-plane
 
 images: ## build container images without Docker into .cache/images, for linux/amd64 and linux/arm64
 	@go run ./deploy/images --version $(VERSION) --out $(CACHE)/images

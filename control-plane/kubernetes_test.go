@@ -75,9 +75,11 @@ func TestInACluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	core := admin.CoreV1()
+	id := time.Now().UnixNano() % 1e9
+	system, shop := fmt.Sprint("system-", id), fmt.Sprint("shop-", id)
 	for _, ns := range []*corev1.Namespace{
-		{ObjectMeta: metav1.ObjectMeta{Name: "outrigger-system"}},
-		{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"outrigger.dev/injection": "enabled"}}},
+		{ObjectMeta: metav1.ObjectMeta{Name: system}},
+		{ObjectMeta: metav1.ObjectMeta{Name: shop, Labels: map[string]string{"outrigger.dev/injection": "enabled"}}},
 	} {
 		if _, err := core.Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
@@ -90,7 +92,7 @@ func TestInACluster(t *testing.T) {
 	done := make(chan error, 1)
 	go func() {
 		done <- execute(ctx, []string{
-			"--kubernetes", "--kubeconfig", config, "--pod-name", "outrigger-control-plane-0", "--xds-address", "127.0.0.1:0",
+			"--kubernetes", "--kubeconfig", config, "--namespace", system, "--pod-name", "outrigger-control-plane-0", "--xds-address", "127.0.0.1:0",
 			"--admin-address", "127.0.0.1:0", "--health-address", "127.0.0.1:0", "--xds-tls-address", "127.0.0.1:0",
 		}, io.Discard, &stderr)
 	}()
@@ -122,13 +124,13 @@ func TestInACluster(t *testing.T) {
 	}
 
 	// What changes in the cluster changes the mesh.
-	if _, err := core.Services("shop").Create(t.Context(), &corev1.Service{
+	if _, err := core.Services(shop).Create(t.Context(), &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "payments"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Name: "http", Port: 80}}},
 	}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, &stderr, func() string {
-		if _, body := get("admin", "/debug/mesh"); !strings.Contains(body, "shop/payments:80") {
+		if _, body := get("admin", "/debug/mesh"); !strings.Contains(body, shop+"/payments:80") {
 			return body
 		}
 		return ""
@@ -138,53 +140,53 @@ func TestInACluster(t *testing.T) {
 	// gives a pod its certificate for its token.
 	var roots string
 	eventually(t, &stderr, func() string {
-		m, err := core.ConfigMaps("shop").Get(t.Context(), "outrigger-roots", metav1.GetOptions{})
+		m, err := core.ConfigMaps(shop).Get(t.Context(), "outrigger-roots", metav1.GetOptions{})
 		if err != nil {
 			return err.Error()
 		}
 		roots = m.Data["root.crt"]
 		return ""
 	})
-	secret, err := core.Secrets("outrigger-system").Get(t.Context(), "outrigger-authority", metav1.GetOptions{})
+	secret, err := core.Secrets(system).Get(t.Context(), "outrigger-authority", metav1.GetOptions{})
 	if err != nil || string(secret.Data["root.crt"]) != roots || roots == "" {
 		t.Fatalf("the Secret and the ConfigMap differ: %v", err)
 	}
-	if _, err := core.ServiceAccounts("shop").Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "payments"}}, metav1.CreateOptions{}); err != nil {
+	if _, err := core.ServiceAccounts(shop).Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "payments"}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	pod, err := core.Pods("shop").Create(t.Context(), &corev1.Pod{
+	pod, err := core.Pods(shop).Create(t.Context(), &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "payments-1"}, Spec: corev1.PodSpec{ServiceAccountName: "payments", Containers: []corev1.Container{{Name: "app", Image: "app"}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for audience, want := range map[string]bool{"outrigger": true, "vault": false} {
-		token, err := core.ServiceAccounts("shop").CreateToken(t.Context(), "payments", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+		token, err := core.ServiceAccounts(shop).CreateToken(t.Context(), "payments", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 			Audiences: []string{audience}, BoundObjectRef: &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID},
 		}}, metav1.CreateOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		id, err := sign(t, stderr.field("outrigger.xds_tls_address"), roots, token.Status.Token)
-		if (err == nil) != want || want && id.SPIFFE() != "spiffe://cluster.local/ns/shop/sa/payments" {
-			t.Errorf("audience %s: %s, %v", audience, id, err)
+		proved, err := sign(t, stderr.field("outrigger.xds_tls_address"), "outrigger-control-plane."+system+".svc", roots, token.Status.Token)
+		if (err == nil) != want || want && proved.SPIFFE() != "spiffe://cluster.local/ns/"+shop+"/sa/payments" {
+			t.Errorf("audience %s: %s, %v", audience, proved, err)
 		}
 	}
 
 	// An exchange of the root is one command a step.
 	rotate := func() (string, error) {
 		var stdout bytes.Buffer
-		err := execute(t.Context(), []string{"--kubernetes", "--kubeconfig", config, "--rotate-root"}, &stdout, io.Discard)
+		err := execute(t.Context(), []string{"--kubernetes", "--kubeconfig", config, "--namespace", system, "--rotate-root"}, &stdout, io.Discard)
 		return stdout.String(), err
 	}
-	if said, err := rotate(); err != nil || !strings.Contains(said, "Secret outrigger-system/outrigger-authority: add: ") || !strings.Contains(said, "in 24h0m0s") {
+	if said, err := rotate(); err != nil || !strings.Contains(said, "Secret "+system+"/outrigger-authority: add: ") || !strings.Contains(said, "in 24h0m0s") {
 		t.Errorf("%q, %v", said, err)
 	}
 	if said, err := rotate(); err == nil || !strings.Contains(err.Error(), "the next step is possible from") || said != "" {
 		t.Errorf("%q, %v", said, err)
 	}
 	eventually(t, &stderr, func() string {
-		m, err := core.ConfigMaps("shop").Get(t.Context(), "outrigger-roots", metav1.GetOptions{})
+		m, err := core.ConfigMaps(shop).Get(t.Context(), "outrigger-roots", metav1.GetOptions{})
 		if err != nil {
 			return err.Error()
 		}
@@ -244,14 +246,14 @@ func TestStartsBeforeTheAPIServer(t *testing.T) {
 }
 
 // sign asks for a certificate as a proxy does.
-func sign(t *testing.T, address, roots, token string) (identity.Identity, error) {
+func sign(t *testing.T, address, name, roots, token string) (identity.Identity, error) {
 	t.Helper()
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM([]byte(roots)) {
 		t.Fatal("no roots")
 	}
 	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
-		MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: "outrigger-control-plane.outrigger-system.svc",
+		MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: name,
 	})))
 	if err != nil {
 		t.Fatal(err)

@@ -22,7 +22,6 @@ import (
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/identity"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/admin"
@@ -163,15 +162,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *discovery.Server, loop *rebuild.Loop, bound listeners, log *slog.Logger, registry prometheus.Registerer) error {
 	var parts []part
 	var secure []discovery.Secure
-	var status *kube.Status
-	var reports *kube.Reports
-	if cluster != nil {
-		reports = cluster.CollectReports(kube.ReportsOptions{
-			Pod: s.podName, TrustDomain: s.trustDomain, State: loop.State, Progress: server.Progress, Nodes: server.Nodes,
-		})
-		status = cluster.WriteStatus(kube.StatusOptions{Pod: s.podName, State: loop.State, Reports: reports})
-		loop.OnBuild(status.Changed)
-	}
+	telling := s.teller(cluster, loop, server)
 	if s.authorityDir != "" || bound.xdsTLS != nil {
 		issuer, err := s.authority(ctx, cluster, log, registry)
 		if err != nil {
@@ -181,12 +172,7 @@ func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *disco
 		if bound.xdsTLS != nil {
 			secure = append(secure, discovery.Secure{
 				Listener: bound.xdsTLS, Credentials: issuer.Credentials(), TrustDomain: s.trustDomain, MaxAge: issuer.MaxConnectionAge(),
-				Register: func(to grpc.ServiceRegistrar) {
-					issuer.Register(to)
-					if reports != nil {
-						reports.Register(to)
-					}
-				},
+				Register: telling.register(issuer),
 			})
 		}
 		if cluster != nil {
@@ -196,8 +182,9 @@ func (s settings) work(ctx context.Context, cluster *kube.Cluster, server *disco
 	}
 	parts = append(parts, func(ctx context.Context) error { return server.Serve(ctx, bound.xds, secure...) })
 	if cluster != nil {
-		parts = append(parts, cluster.Run, reports.Run, status.Run)
+		parts = append(parts, cluster.Run)
 	}
+	parts = append(parts, telling.parts()...)
 	parts = append(parts, func(ctx context.Context) error {
 		// What is built from half of the objects takes services from those who use
 		// them.

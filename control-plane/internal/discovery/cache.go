@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -48,7 +49,8 @@ type scope map[string]map[string]served
 
 // plane holds what a kind of data plane is told and who waits for changes.
 type plane struct {
-	set      *xds.Set
+	wanted   atomic.Bool // one has come; what nobody asks for is not made
+	set      *xds.Set    // nil before the first publish, and where it is not wanted
 	all      scope
 	overlays map[string]map[string]served              // namespace, route: what is served there instead
 	byName   map[string]map[string]map[*watch]struct{} // type, name
@@ -134,17 +136,28 @@ type configCache struct {
 	// a response of a type was not held back any longer. Neither may block.
 	wake     func()
 	timedOut func(typeURL string)
+	// moving is told of endpoints before they are put in force. It is called without
+	// a lock of the cache.
+	moving func(seen time.Time, dp xds.DataPlane, endpoints []*xds.Resource)
+
+	// publishing is held while a mesh is put in force: what it is made into is encoded
+	// under it, and not under mu. The mesh, the sets and what views are built of change
+	// only with both held.
+	publishing sync.Mutex
 
 	mu      sync.Mutex
 	mesh    *mesh.Mesh // nil until the first publish: nothing is answered
 	planes  map[xds.DataPlane]*plane
 	views   map[string]*view
 	clients map[*corev3.Node]*client // by the node that the library puts in a stream's requests
+	// removal is when the next resource is to be removed, or earlier; zero: there is
+	// none.
+	removal time.Time
 }
 
 func newConfigCache(grace time.Duration, now func() time.Time, wake func(), timedOut func(string)) *configCache {
 	c := &configCache{
-		grace: grace, now: now, wake: wake, timedOut: timedOut,
+		grace: grace, now: now, wake: wake, timedOut: timedOut, moving: func(time.Time, xds.DataPlane, []*xds.Resource) {},
 		planes: map[xds.DataPlane]*plane{}, views: map[string]*view{}, clients: map[*corev3.Node]*client{},
 	}
 	for _, dp := range xds.DataPlanes() {
@@ -155,63 +168,203 @@ func newConfigCache(grace time.Duration, now func() time.Time, wake func(), time
 		}
 		c.planes[dp] = p
 	}
+	c.planes[xds.Outrigger].wanted.Store(true)
 	return c
 }
 
+// published is what a publish changed, by type, and how much there is now.
+type published struct {
+	changed map[string]int
+	total   map[xds.DataPlane]map[string]int
+}
+
 // publish puts a mesh in force and answers the watches that it concerns, types
-// in make-before-break order. It returns how many resources changed by type.
-func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := c.now()
+// in make-before-break order. seen is when what led to it was seen.
+func (c *configCache) publish(m *mesh.Mesh, seen time.Time) (out published, err error) {
+	c.publishing.Lock()
+	defer c.publishing.Unlock()
 	// Build everything before changing anything: a failure leaves all in force.
 	sets := map[xds.DataPlane]*xds.Set{}
 	for dp, p := range c.planes {
+		if !p.wanted.Load() {
+			continue
+		}
 		if sets[dp], err = xds.Build(m, dp, p.set); err != nil {
-			return nil, err
+			return out, err
 		}
 	}
+	c.mu.Lock()
+	was := maps.Clone(c.views)
+	c.mu.Unlock()
 	views := map[string]*xds.EnvoyView{}
-	for k, v := range c.views {
+	for k, v := range was {
 		if views[k], err = sets[xds.Envoy].EnvoyView(v.node, v.built); err != nil {
-			return nil, fmt.Errorf("view of an Envoy: %w", err)
+			return out, fmt.Errorf("view of an Envoy: %w", err)
 		}
 	}
+	for dp, p := range c.planes {
+		if p.set != nil {
+			c.moving(seen, dp, moved(p.set.Of(xds.EndpointType), sets[dp].Of(xds.EndpointType)))
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for k, v := range c.views {
+		if v == was[k] {
+			continue
+		}
+		// It has come meanwhile.
+		if views[k], err = sets[xds.Envoy].EnvoyView(v.node, v.built); err != nil {
+			return out, fmt.Errorf("view of an Envoy: %w", err)
+		}
+	}
+	now := c.now()
 	first := c.mesh == nil
 	c.mesh = m
-	changed = map[string]int{}
-	type concern struct {
-		p        *plane
-		names    map[string][]string
-		overlaid map[string][]string // by namespace
-	}
 	var concerns []concern
-	for dp, p := range c.planes {
-		p.set = sets[dp]
+	for dp, set := range sets {
+		p := c.planes[dp]
+		p.set = set
 		cn := concern{p, map[string][]string{}, c.overlay(p, now)}
-		for _, names := range cn.overlaid {
-			changed[xds.RouteType] += len(names)
-		}
 		for _, t := range xds.TypeURLs() {
 			cn.names[t] = c.merge(p.all[t], p.set.Of(t), t == xds.ListenerType, now)
-			changed[t] += len(cn.names[t])
 		}
 		concerns = append(concerns, cn)
 	}
-	dirty := map[*view]bool{}
-	for k, v := range c.views {
-		if !v.built.Equal(views[k]) {
-			dirty[v] = true
-		}
-		v.built = views[k]
-		c.merge(v.all[xds.ListenerType], v.built.Listeners, true, now)
-		c.merge(v.all[xds.ClusterType], v.built.Clusters, false, now)
-	}
-	for _, t := range xds.TypeURLs() {
-		for _, cn := range concerns {
-			if first {
+	out = c.count(concerns)
+	for _, cn := range concerns {
+		for _, t := range xds.TypeURLs() {
+			if first { // whoever waits is answered, if only that there is nothing
 				cn.names[t] = slices.Collect(maps.Keys(cn.p.byName[t]))
 			}
+		}
+	}
+	var dirty []*view
+	for k, v := range c.views {
+		if first || !v.built.Equal(views[k]) {
+			dirty = append(dirty, v)
+		}
+		c.rebuilt(v, views[k], now)
+	}
+	c.tell(concerns, dirty)
+	return out, nil
+}
+
+// moved are those of the resources that were there before, and are others now.
+func moved(before, now xds.Resources) []*xds.Resource {
+	var out []*xds.Resource
+	for name, r := range now {
+		if old := before[name]; old != nil && old != r && !xds.SameContent(old.Version, r.Version) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// update does what publish does for a mesh that differs only by ch from the one in
+// force, at the cost of what differs. On an error that mesh may be in force or not.
+func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out published, err error) {
+	c.publishing.Lock()
+	defer c.publishing.Unlock()
+	if c.mesh == nil {
+		return out, errors.New("an update of no mesh")
+	}
+	updates := map[xds.DataPlane]*xds.Update{}
+	for dp, p := range c.planes {
+		if p.set == nil {
+			continue
+		}
+		if updates[dp], err = p.set.Prepare(m, ch); err != nil {
+			return out, err
+		}
+		endpoints := slices.DeleteFunc(updates[dp].Endpoints(), func(r *xds.Resource) bool {
+			old := p.set.Of(xds.EndpointType)[r.Name]
+			return old != nil && xds.SameContent(old.Version, r.Version)
+		})
+		c.moving(seen, dp, endpoints)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	c.mesh = m
+	var dirty []*view
+	for _, v := range c.views {
+		if updates[xds.Envoy].Views(v.node, v.built) {
+			dirty = append(dirty, v)
+		}
+	}
+	var concerns []concern
+	for dp, update := range updates {
+		p := c.planes[dp]
+		cn := concern{p: p, names: map[string][]string{}}
+		for t, names := range update.Commit() {
+			for _, name := range names {
+				if c.mergeOne(p.all[t], name, p.set.Of(t)[name], t == xds.ListenerType, now) {
+					cn.names[t] = append(cn.names[t], name)
+				}
+			}
+		}
+		concerns = append(concerns, cn)
+	}
+	for _, v := range dirty {
+		built, viewErr := c.planes[xds.Envoy].set.EnvoyView(v.node, v.built)
+		if viewErr != nil {
+			err = errors.Join(err, fmt.Errorf("view of an Envoy: %w", viewErr))
+			continue
+		}
+		c.rebuilt(v, built, now)
+	}
+	c.tell(concerns, dirty)
+	return c.count(concerns), err
+}
+
+// want makes what a kind of data plane is told, from when the first of them comes.
+func (c *configCache) want(dp xds.DataPlane) error {
+	p := c.planes[dp]
+	if p.wanted.Load() {
+		return nil
+	}
+	c.publishing.Lock()
+	defer c.publishing.Unlock()
+	if p.wanted.Load() {
+		return nil
+	}
+	if c.mesh != nil {
+		set, err := xds.Build(c.mesh, dp, nil)
+		if err != nil {
+			return err
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		now := c.now()
+		p.set = set
+		c.overlay(p, now)
+		for _, t := range xds.TypeURLs() {
+			c.merge(p.all[t], set.Of(t), t == xds.ListenerType, now)
+		}
+	}
+	p.wanted.Store(true)
+	return nil
+}
+
+// concern is what is other than it was for a data plane.
+type concern struct {
+	p        *plane
+	names    map[string][]string
+	overlaid map[string][]string // by namespace
+}
+
+// rebuilt puts a view in force.
+func (c *configCache) rebuilt(v *view, built *xds.EnvoyView, now time.Time) {
+	v.built = built
+	c.merge(v.all[xds.ListenerType], built.Listeners, true, now)
+	c.merge(v.all[xds.ClusterType], built.Clusters, false, now)
+}
+
+// tell answers the watches that are concerned.
+func (c *configCache) tell(concerns []concern, dirty []*view) {
+	for _, t := range xds.TypeURLs() {
+		for _, cn := range concerns {
 			c.notify(cn.p, t, cn.names[t])
 			if t == xds.RouteType {
 				for namespace, names := range cn.overlaid {
@@ -219,14 +372,31 @@ func (c *configCache) publish(m *mesh.Mesh) (changed map[string]int, err error) 
 				}
 			}
 		}
-		for _, v := range c.views {
-			if first || dirty[v] {
-				c.notifyView(v, t)
-			}
+		for _, v := range dirty {
+			c.notifyView(v, t)
 		}
 	}
-	c.wake()
-	return changed, nil
+}
+
+func (c *configCache) count(concerns []concern) published {
+	out := published{map[string]int{}, map[xds.DataPlane]map[string]int{}}
+	for _, cn := range concerns {
+		for t, names := range cn.names {
+			out.changed[t] += len(names)
+		}
+		for _, names := range cn.overlaid {
+			out.changed[xds.RouteType] += len(names)
+		}
+		total := map[string]int{}
+		for _, t := range xds.TypeURLs() {
+			total[t] = len(cn.p.set.Of(t))
+		}
+		for _, routes := range cn.p.set.Overlays() {
+			total[xds.RouteType] += len(routes)
+		}
+		out.total[cn.p.set.DataPlane] = total
+	}
+	return out
 }
 
 // overlay brings the routes of namespaces to what is wanted, and returns the names
@@ -261,30 +431,45 @@ func (c *configCache) overlay(p *plane, now time.Time) map[string][]string {
 func (c *configCache) merge(have map[string]served, want xds.Resources, atOnce bool, now time.Time) []string {
 	var names []string
 	for name, r := range want {
-		old, ok := have[name]
-		if ok && old.Version == r.Version {
-			if !old.removeAt.IsZero() {
-				old.removeAt = time.Time{}
-				have[name] = old
-			}
-			continue
-		}
-		have[name] = served{Resource: r, since: now}
-		names = append(names, name)
-	}
-	for name, s := range have {
-		if _, ok := want[name]; ok || !s.removeAt.IsZero() {
-			continue
-		}
-		if atOnce || c.grace == 0 {
-			delete(have, name)
+		if c.mergeOne(have, name, r, atOnce, now) {
 			names = append(names, name)
-			continue
 		}
-		s.removeAt = now.Add(c.grace)
-		have[name] = s
+	}
+	for name := range have {
+		if _, ok := want[name]; !ok && c.mergeOne(have, name, nil, atOnce, now) {
+			names = append(names, name)
+		}
 	}
 	return names
+}
+
+// mergeOne does so for one name; want is nil where nothing is wanted. It reports
+// whether something changed.
+func (c *configCache) mergeOne(have map[string]served, name string, want *xds.Resource, atOnce bool, now time.Time) bool {
+	old, ok := have[name]
+	switch {
+	case want != nil && ok && old.Version == want.Version:
+		if !old.removeAt.IsZero() {
+			old.removeAt = time.Time{}
+			have[name] = old
+		}
+		return false
+	case want != nil:
+		have[name] = served{Resource: want, since: now}
+		return true
+	case !ok || !old.removeAt.IsZero():
+		return false
+	case atOnce || c.grace == 0:
+		delete(have, name)
+		return true
+	}
+	old.removeAt = now.Add(c.grace)
+	have[name] = old
+	if next := earlier(c.removal, old.removeAt); next != c.removal {
+		c.removal = next
+		c.wake()
+	}
+	return false
 }
 
 // sweep removes and pushes what is due and returns when more will be (zero:
@@ -295,6 +480,9 @@ func (c *configCache) sweep() time.Time {
 	now := c.now()
 	for _, cl := range c.clients {
 		c.retry(cl)
+	}
+	if c.removal.IsZero() || c.removal.After(now) {
+		return c.nextDue()
 	}
 	due := func(have map[string]served) []string {
 		var names []string
@@ -328,19 +516,25 @@ func (c *configCache) sweep() time.Time {
 			}
 		}
 	}
+	c.removal = c.nextRemoval()
 	return c.nextDue()
 }
 
 func (c *configCache) nextDue() time.Time {
+	next := c.removal
+	for _, cl := range c.clients {
+		for w := range cl.held {
+			next = earlier(next, w.due)
+		}
+	}
+	return next
+}
+
+func (c *configCache) nextRemoval() time.Time {
 	var next time.Time
 	look := func(have map[string]served) {
 		for _, s := range have {
 			next = earlier(next, s.removeAt)
-		}
-	}
-	for _, cl := range c.clients {
-		for w := range cl.held {
-			next = earlier(next, w.due)
 		}
 	}
 	for _, p := range c.planes {
@@ -719,19 +913,31 @@ func (c *configCache) foreign(a asker, typeURL, name string) bool {
 	return a.foreign(name, c.planes[a.dp].all[typeURL][name])
 }
 
-// sets returns what was built last for each data plane; nil before the first
-// publish.
-func (c *configCache) sets() map[xds.DataPlane]*xds.Set {
+// sets returns a copy of what was built last for each data plane, or would be where
+// none has come; nil before the first publish.
+func (c *configCache) sets() (map[xds.DataPlane]*xds.Set, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.mesh == nil {
-		return nil
-	}
+	m := c.mesh
 	out := make(map[xds.DataPlane]*xds.Set, len(c.planes))
 	for dp, p := range c.planes {
-		out[dp] = p.set
+		if p.set != nil {
+			out[dp] = p.set.Clone()
+		}
 	}
-	return out
+	c.mu.Unlock()
+	if m == nil {
+		return nil, nil
+	}
+	for dp := range c.planes {
+		if out[dp] != nil {
+			continue
+		}
+		var err error
+		if out[dp], err = xds.Build(m, dp, nil); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
 }
 
 // CreateWatch implements cache.ConfigWatcher for SotW.

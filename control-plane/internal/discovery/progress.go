@@ -42,39 +42,31 @@ const (
 
 // progress of one node towards one Interest.
 type progress struct {
-	subscribed, behind, rejected bool
-	reason                       string
+	behind, rejected bool
+	reason           string
 }
 
 // Progress says how far each Interest has come, over the nodes that are connected
-// here. Its cost is that of looking at each subscription once.
+// here. It looks at each subscription of the types in question once, which costs
+// about a microsecond: a third of a second for 10000 nodes with 30 names each.
 func (s *Server) Progress(want []Interest) []Progress {
-	named := map[Name][]int{}
-	inbound := map[string][]int{}
-	types := map[string]bool{}
+	l := look{want: want, named: map[string]map[string][]int{}, inbound: map[string][]int{}, served: map[servedKey]served{}}
 	for i, w := range want {
 		for _, n := range w.Names {
-			named[n] = append(named[n], i)
-			types[n.Type] = true
+			l.of(n.Type)[n.Name] = append(l.of(n.Type)[n.Name], i)
 		}
 		for _, id := range w.Inbound {
-			inbound[id] = append(inbound[id], i)
-			types[xds.ListenerType] = true
+			l.of(xds.ListenerType)
+			l.inbound[id] = append(l.inbound[id], i)
 		}
 	}
 	out := make([]Progress, len(want))
-	if len(types) == 0 {
+	if len(l.named) == 0 {
 		return out
 	}
 	// One stream at a time: data planes are answered in between.
 	for _, k := range s.tracker.newest() {
-		id, seen := s.tracker.progress(k, types, func(namespace string, dp xds.DataPlane, node string, n Name) []int {
-			concerned := named[n]
-			if dp == xds.Envoy && n.Type == xds.ListenerType && strings.HasPrefix(n.Name, xds.InboundPrefix) {
-				concerned = slices.Concat(concerned, inbound[node])
-			}
-			return slices.DeleteFunc(slices.Clone(concerned), func(i int) bool { return want[i].Namespace != "" && want[i].Namespace != namespace })
-		})
+		id, seen := s.tracker.progress(k, &l)
 		for i, p := range seen {
 			o := &out[i]
 			o.Subscribed++
@@ -94,6 +86,44 @@ func (s *Server) Progress(want []Interest) []Progress {
 		out[i].Reasons = out[i].Reasons[:min(len(out[i].Reasons), maxReasons)]
 	}
 	return out
+}
+
+// look is one call of Progress.
+type look struct {
+	want    []Interest
+	named   map[string]map[string][]int // type, name: Interests
+	inbound map[string][]int            // node: Interests
+	served  map[servedKey]served        // what has been looked up already
+}
+
+// servedKey is whatever the answer of the cache depends on, where it depends on no
+// single node.
+type servedKey struct {
+	dp                       xds.DataPlane
+	namespace, typeURL, name string
+}
+
+func (l *look) of(typeURL string) map[string][]int {
+	m := l.named[typeURL]
+	if m == nil {
+		m = map[string][]int{}
+		l.named[typeURL] = m
+	}
+	return m
+}
+
+// current is what is served to the node of a stream; ok is false where nothing is.
+func (l *look) current(c *configCache, s *stream, typeURL, name string) (served, bool) {
+	if s.dp == xds.Envoy || typeURL == xds.ListenerType {
+		return c.current(s.asker, typeURL, name)
+	}
+	k := servedKey{s.dp, s.namespace, typeURL, name}
+	if cur, ok := l.served[k]; ok {
+		return cur, cur.Resource != nil
+	}
+	cur, _ := c.current(s.asker, typeURL, name)
+	l.served[k] = cur
+	return cur, cur.Resource != nil
 }
 
 // Nodes are the ids of the data planes that are connected.
@@ -126,9 +156,8 @@ func (t *tracker) newest() []streamKey {
 	return slices.Collect(maps.Values(byNode))
 }
 
-// progress looks at the subscriptions of a stream to these types. concerned says
-// to which Interests a resource belongs.
-func (t *tracker) progress(k streamKey, types map[string]bool, concerned func(namespace string, dp xds.DataPlane, node string, n Name) []int) (id string, seen map[int]progress) {
+// progress looks at the subscriptions of a stream.
+func (t *tracker) progress(k streamKey, l *look) (id string, seen map[int]progress) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.streams[k]
@@ -136,19 +165,21 @@ func (t *tracker) progress(k streamKey, types map[string]bool, concerned func(na
 		return "", nil // it has ended meanwhile
 	}
 	seen = map[int]progress{}
-	for typeURL := range types {
+	for typeURL, named := range l.named {
 		ts := s.types[typeURL]
 		if ts == nil {
 			continue
 		}
-		look := func(name string) {
-			for _, i := range concerned(s.namespace, s.dp, s.node, Name{typeURL, name}) {
-				cur, ok := t.cache.current(s.asker, typeURL, name)
-				if !ok {
+		note := func(name string, concerned []int) {
+			for _, i := range concerned {
+				if only := l.want[i].Namespace; only != "" && only != s.namespace {
 					continue
 				}
+				cur, ok := l.current(t.cache, s, typeURL, name)
+				if !ok {
+					return
+				}
 				p := seen[i]
-				p.subscribed = true
 				p.behind = p.behind || !xds.SameContent(cur.Version, ts.acked[name])
 				if ts.refused(name) {
 					p.rejected = true
@@ -157,13 +188,19 @@ func (t *tracker) progress(k streamKey, types map[string]bool, concerned func(na
 				seen[i] = p
 			}
 		}
+		visit := func(name string) {
+			note(name, named[name])
+			if s.dp == xds.Envoy && typeURL == xds.ListenerType && strings.HasPrefix(name, xds.InboundPrefix) {
+				note(name, l.inbound[s.node])
+			}
+		}
 		for name := range ts.names {
-			look(name)
+			visit(name)
 		}
 		// By wildcard.
 		for name := range ts.acked {
 			if _, named := ts.names[name]; !named {
-				look(name)
+				visit(name)
 			}
 		}
 		if ts.nack == nil {
@@ -172,7 +209,7 @@ func (t *tracker) progress(k streamKey, types map[string]bool, concerned func(na
 		for name := range ts.nack.Resources {
 			_, named := ts.names[name]
 			if _, had := ts.acked[name]; !named && !had {
-				look(name)
+				visit(name)
 			}
 		}
 	}

@@ -17,6 +17,7 @@
 //     removed_resources, SotW by a response without it that names it in
 //     resource_errors (xDS TP3). grpc-go 1.85 reads neither for a name that it
 //     never had, and waits 15 s by itself.
+//   - What Envoys and gRPC programs are told is made when the first of them comes.
 //   - Before the first Publish nothing is answered, so that a control plane that
 //     has just started never says of a service that it does not exist.
 //   - Additions are pushed in the order clusters, endpoints, listeners, routes.
@@ -129,32 +130,50 @@ func New(o Options) *Server {
 	}, func(typeURL string) { s.metrics.ordering.WithLabelValues(shortType(typeURL)).Inc() })
 	s.tracker = &tracker{
 		cache: s.cache, log: o.Log, metrics: s.metrics, now: time.Now, limits: o.Limits, streams: map[streamKey]*stream{},
+		propagation: propagation{observe: func(d time.Duration) { s.metrics.propagation.Observe(d.Seconds()) }, targets: map[target]*audience{}},
 	}
+	s.cache.moving = s.tracker.moving
+	o.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "outrigger_xds_propagation_pending_seconds",
+		Help: "Age of the oldest change of endpoints that some proxy that asks for them has not acknowledged; 0 where there is none.",
+	}, s.tracker.pendingPropagation))
 	return s
 }
 
 // Publish puts m in force and pushes what changed. m must not be changed
 // afterwards. On an error the previous Mesh stays in force.
-func (s *Server) Publish(m *mesh.Mesh) error {
-	changed, err := s.cache.publish(m)
+func (s *Server) Publish(m *mesh.Mesh) error { return s.Replace(m, time.Now()) }
+
+// Replace is Publish of a Mesh that is made of what was seen at a time.
+func (s *Server) Replace(m *mesh.Mesh, seen time.Time) error {
+	done, err := s.cache.publish(m, seen)
 	if err != nil {
 		return fmt.Errorf("publish xDS: %w", err)
 	}
-	for dp, set := range s.cache.sets() {
-		for _, t := range xds.TypeURLs() {
-			n := len(set.Of(t))
-			if t == xds.RouteType {
-				for _, routes := range set.Overlays() {
-					n += len(routes)
-				}
-			}
+	s.count(done)
+	return nil
+}
+
+// Update is Replace of a Mesh that differs only by c from the one in force. It
+// costs what differs. After an error the Mesh has to be published.
+func (s *Server) Update(m *mesh.Mesh, c mesh.Change, seen time.Time) error {
+	done, err := s.cache.update(m, c, seen)
+	if err != nil {
+		return fmt.Errorf("update xDS: %w", err)
+	}
+	s.count(done)
+	return nil
+}
+
+func (s *Server) count(p published) {
+	for dp, types := range p.total {
+		for t, n := range types {
 			s.metrics.resources.WithLabelValues(string(dp), shortType(t)).Set(float64(n))
 		}
 	}
-	for t, n := range changed {
+	for t, n := range p.changed {
 		s.metrics.changed.WithLabelValues(shortType(t)).Add(float64(n))
 	}
-	return nil
 }
 
 // Status lists the connected data planes, by kind and node id.
@@ -188,9 +207,15 @@ func count(nodes []NodeStatus) []Applied {
 	return out
 }
 
-// Sets returns what is served, for each data plane; nil before the first
-// Publish.
-func (s *Server) Sets() map[xds.DataPlane]*xds.Set { return s.cache.sets() }
+// Sets returns what is served, for each data plane, or would be served where none
+// has come; nil before the first Publish. It costs as much as a Publish.
+func (s *Server) Sets() map[xds.DataPlane]*xds.Set {
+	sets, err := s.cache.sets()
+	if err != nil { // that could have been published
+		s.log.Error("a data plane that has not come yet could not be served", "error.message", err.Error())
+	}
+	return sets
+}
 
 // ErrNotLoopback says that configuration would be served in clear to a network.
 var ErrNotLoopback = errors.New("xDS without TLS is served on loopback only")
@@ -349,6 +374,8 @@ type metrics struct {
 	ordering  *prometheus.CounterVec
 	foreign   prometheus.Counter
 	push      prometheus.Histogram
+
+	propagation prometheus.Histogram
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -385,6 +412,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 	}
+	m.propagation = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "outrigger_xds_propagation_seconds", Help: "From when a change of endpoints was seen to its acknowledgement by the last of the proxies that ask for them.",
+		Buckets:                     prometheus.ExponentialBuckets(0.001, 2, 15),
+		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+	})
 	for _, dp := range xds.DataPlanes() {
 		m.connected.WithLabelValues(string(dp))
 	}
@@ -395,6 +427,6 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for _, t := range []string{xds.ListenerType, xds.RouteType} {
 		m.ordering.WithLabelValues(shortType(t))
 	}
-	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.foreign, m.push)
+	reg.MustRegister(m.connected, m.acks, m.nacks, m.refused, m.resources, m.changed, m.ordering, m.foreign, m.push, m.propagation)
 	return m
 }

@@ -115,8 +115,9 @@ type tracker struct {
 	now     func() time.Time
 	limits  Limits
 
-	mu      sync.Mutex
-	streams map[streamKey]*stream
+	mu          sync.Mutex
+	streams     map[streamKey]*stream
+	propagation propagation
 }
 
 var _ serverv3.Callbacks = (*tracker)(nil)
@@ -136,6 +137,11 @@ func (t *tracker) closed(k streamKey) {
 	t.mu.Lock()
 	s := t.streams[k]
 	delete(t.streams, k)
+	if s != nil && s.types[xds.EndpointType] != nil {
+		for name := range s.types[xds.EndpointType].names {
+			t.propagation.leave(s, name)
+		}
+	}
 	t.mu.Unlock()
 	if s == nil {
 		return
@@ -242,6 +248,11 @@ func (t *tracker) answered(s *stream, ts *typeState, typeURL, nonce string, deta
 		}
 		ts.nack = &Nack{Version: r.version, Reason: detail.GetMessage(), Time: t.now(), Resources: refused}
 		t.metrics.nacks.WithLabelValues(short).Inc()
+		if typeURL == xds.EndpointType {
+			for name := range r.resources {
+				t.propagation.refused(s, name)
+			}
+		}
 		t.log.Warn("data plane rejected configuration", "xds.node", s.node, "xds.data_plane", s.dp, "xds.type", short,
 			"xds.version", r.version, "xds.resources", slices.Sorted(maps.Keys(r.resources)), "error.message", detail.GetMessage())
 		return
@@ -255,6 +266,9 @@ func (t *tracker) answered(s *stream, ts *typeState, typeURL, nonce string, deta
 	for name, version := range r.resources {
 		if _, named := ts.names[name]; named || wildcards(typeURL) {
 			ts.acked[name] = version // else it has unsubscribed meanwhile
+		}
+		if typeURL == xds.EndpointType {
+			t.propagation.acknowledged(s, name, version, t.now())
 		}
 		ts.settle(name)
 	}
@@ -347,8 +361,23 @@ func (t *tracker) receive(key streamKey, node *corev3.Node, typeURL string) (*st
 	return s, s.of(typeURL), nil
 }
 
+// prepare makes what there is to be told to nodes of a kind. It may take long, for
+// the first of them, and is called without the lock.
+func (t *tracker) prepare(node *corev3.Node) error {
+	if node.GetId() == "" {
+		return nil // none, or it is refused
+	}
+	if err := t.cache.want(xds.DataPlaneOf(node.GetUserAgentName())); err != nil {
+		return grpcstatus.Errorf(codes.Internal, "node %s: %v", node.GetId(), err)
+	}
+	return nil
+}
+
 // OnStreamRequest implements the library's callbacks.
 func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) error {
+	if err := t.prepare(req.GetNode()); err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s, ts, err := t.receive(streamKey{false, id}, req.GetNode(), req.GetTypeUrl())
@@ -357,9 +386,15 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 	}
 	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
 	t.countForeign(s, ts, req.GetTypeUrl(), req.GetResourceNames())
-	clear(ts.names)
+	named := make(map[string]struct{}, len(req.GetResourceNames()))
 	for _, name := range req.GetResourceNames() {
-		ts.names[name] = struct{}{}
+		named[name] = struct{}{}
+		t.subscribe(s, ts, req.GetTypeUrl(), name)
+	}
+	for name := range ts.names {
+		if _, ok := named[name]; !ok {
+			t.unsubscribe(s, ts, req.GetTypeUrl(), name)
+		}
 	}
 	for name := range ts.acked {
 		if _, ok := ts.names[name]; !ok && len(ts.names) > 0 {
@@ -372,6 +407,9 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 
 // OnStreamDeltaRequest implements the library's callbacks.
 func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscoveryRequest) error {
+	if err := t.prepare(req.GetNode()); err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s, ts, err := t.receive(streamKey{true, id}, req.GetNode(), req.GetTypeUrl())
@@ -387,10 +425,10 @@ func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscovery
 	t.answered(s, ts, req.GetTypeUrl(), req.GetResponseNonce(), req.GetErrorDetail())
 	t.countForeign(s, ts, req.GetTypeUrl(), req.GetResourceNamesSubscribe())
 	for _, name := range req.GetResourceNamesSubscribe() {
-		ts.names[name] = struct{}{}
+		t.subscribe(s, ts, req.GetTypeUrl(), name)
 	}
 	for _, name := range req.GetResourceNamesUnsubscribe() {
-		delete(ts.names, name)
+		t.unsubscribe(s, ts, req.GetTypeUrl(), name)
 		delete(ts.acked, name)
 		ts.settle(name)
 	}

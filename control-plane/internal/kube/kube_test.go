@@ -37,6 +37,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/control-plane/api/v1alpha1"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/kube"
+	"github.com/outrigger-mesh/outrigger/control-plane/internal/rebuild"
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 	"github.com/outrigger-mesh/outrigger/deploy/testbed"
 )
@@ -95,6 +96,8 @@ type rig struct {
 	log      *output
 	ns       string
 	start    func()
+
+	publisher rebuild.Publisher // of replicas; nil is nowhere
 }
 
 var namespaces int

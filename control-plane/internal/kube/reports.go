@@ -35,8 +35,12 @@ const (
 	// mostReports is how many proxies may report to one replica: as many as may be
 	// connected.
 	mostReports = 10000
-	// freshFor is how long a summary is good enough.
-	freshFor = lookEveryStatus / 2
+	// freshFor is how long a summary is good enough, at least; and it is for so many
+	// times as long as it took to make it, so that very many proxies do not cost more
+	// than a twentieth of a CPU, but for no longer than freshAtMost.
+	freshFor    = lookEveryStatus / 2
+	freshTimes  = 20
+	freshAtMost = 20 * time.Second
 )
 
 // ReportsOptions say where what is known comes from. All are required.
@@ -63,6 +67,7 @@ type Reports struct {
 	byNode map[string]proxyReport
 	last   summary
 	lastAt time.Time
+	fresh  time.Duration // for how long it is
 
 	published map[string]counts // by Run only
 
@@ -193,9 +198,11 @@ func (r *Reports) own(now time.Time) summary {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	state := r.o.State()
-	if state == nil || now.Sub(r.lastAt) < freshFor {
+	if state == nil || now.Sub(r.lastAt) < r.fresh {
 		return r.last
 	}
+	started := time.Now()
+	defer func() { r.fresh = min(max(freshFor, freshTimes*time.Since(started)), freshAtMost) }()
 	for node, p := range r.byNode {
 		if now.Sub(p.at) > reportExpires {
 			delete(r.byNode, node)

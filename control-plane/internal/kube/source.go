@@ -19,19 +19,8 @@ import (
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/translate"
 )
 
-// Change says what Load may return differently than before. It never names less
-// than has changed.
-type Change struct {
-	// Rest: something other than what the fields below name, so that everything has
-	// to be built anew.
-	Rest bool
-	// Services of which EndpointSlices, or pods that these name, have changed. The
-	// Services themselves have not, unless Rest is set; they need not exist.
-	Services []types.NamespacedName
-	// Pods that are new, gone or different in what is kept of them. The Services
-	// that lead to them are in Services.
-	Pods []types.NamespacedName
-}
+// Change is what WatchChanges tells.
+type Change = translate.Change
 
 // Source is the cluster's objects as rebuild.Source wants them. Its methods are
 // safe for concurrent use. It has its own maps beside the informers' stores: for

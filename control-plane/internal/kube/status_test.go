@@ -32,6 +32,18 @@ type nowhere struct{}
 
 func (nowhere) Publish(*mesh.Mesh) error { return nil }
 
+func (nowhere) Replace(*mesh.Mesh, time.Time) error { return nil }
+
+func (nowhere) Update(_ *mesh.Mesh, _ mesh.Change, _ time.Time) error { return nil }
+
+// to is where meshes are published.
+func (r *rig) to() rebuild.Publisher {
+	if r.publisher != nil {
+		return r.publisher
+	}
+	return nowhere{}
+}
+
 // replica is a control plane that writes what it finds.
 type replica struct {
 	*kube.Cluster
@@ -63,7 +75,7 @@ func (r *rig) reporting(t *testing.T, pod string, o kube.StatusOptions, reports 
 	if p.Cluster, err = kube.Connect(kube.Options{Config: config, Namespace: r.ns, Registry: registry, Log: log}); err != nil {
 		t.Fatal(err)
 	}
-	p.loop = rebuild.New(rebuild.Options{Source: p.Source(), Publisher: nowhere{}, Log: log, Registry: registry})
+	p.loop = rebuild.New(rebuild.Options{Source: p.Source(), Publisher: r.to(), Log: log, Registry: registry})
 	o.Pod, o.State = pod, p.loop.State
 	run := map[string]func(context.Context) error{}
 	if reports.Progress != nil {
@@ -357,4 +369,60 @@ func TestLeadershipIsHandedOver(t *testing.T) {
 	t.Logf("handed over in %s", time.Since(begin).Round(10*time.Millisecond))
 	r.create(t, breaker(r, "second"))
 	r.says(t, "second", "payments Accepted False TargetNotFound 1")
+}
+
+// Who loses the Lease, because the API server is away, stops writing and nothing
+// else, and writes again when it has it again.
+func TestLosingTheLeaseIsNotTheEnd(t *testing.T) {
+	r := prepare(t)
+	r.install(t, reported...)
+	a := r.replica(t, "a", kube.StatusOptions{Lease: 6 * time.Second})
+	led := func(times int, state string) {
+		t.Helper()
+		eventually(t, func() string {
+			if n := a.log.count("outrigger.leader=" + state); n != times {
+				return fmt.Sprintf("outrigger.leader=%s %d times; want %d", state, n, times)
+			}
+			return ""
+		})
+	}
+	led(1, "true")
+	server.StopAPI()
+	led(1, "false")
+	if err := server.StartAPI(); err != nil {
+		t.Fatal(err)
+	}
+	led(2, "true")
+	eventually(t, func() string {
+		if err := r.admin.Create(t.Context(), breaker(r, "payments")); err != nil {
+			return err.Error()
+		}
+		return ""
+	})
+	r.says(t, "payments", "payments Accepted False TargetNotFound 1")
+}
+
+// Without permission to elect there is no leader, and the log says what is missing.
+func TestNoLeaderWithoutPermission(t *testing.T) {
+	r := prepare(t)
+	a := r.replica(t, "a", kube.StatusOptions{Lease: 3 * time.Second}, func(c *rest.Config) {
+		c.Wrap(func(rt http.RoundTripper) http.RoundTripper { return forbidden{rt} })
+	})
+	eventually(t, func() string {
+		if a.log.count("no leader can be elected") != 1 {
+			return "the log says nothing"
+		}
+		return ""
+	})
+}
+
+// forbidden has the API server refuse whatever is about Leases.
+type forbidden struct{ http.RoundTripper }
+
+func (f forbidden) RoundTrip(q *http.Request) (*http.Response, error) {
+	if strings.Contains(q.URL.Path, "/leases") {
+		q = q.Clone(q.Context())
+		q.Header.Set("Impersonate-User", "nobody")
+	}
+	return f.RoundTripper.RoundTrip(q)
 }

@@ -63,7 +63,11 @@ func (f *folder) write(o translate.Objects) {
 // published is a Publisher that keeps what it was told.
 type published struct{ meshes []*mesh.Mesh }
 
-func (p *published) Publish(m *mesh.Mesh) error {
+func (p *published) Update(m *mesh.Mesh, _ mesh.Change, seen time.Time) error {
+	return p.Replace(m, seen)
+}
+
+func (p *published) Replace(m *mesh.Mesh, _ time.Time) error {
 	p.meshes = append(p.meshes, m)
 	return nil
 }
@@ -127,6 +131,35 @@ func TestChangesAreGathered(t *testing.T) {
 		synctest.Wait()
 		if src.loads != 3 || len(pub.meshes) != 2 {
 			t.Fatalf("%d loads, %d published", src.loads, len(pub.meshes))
+		}
+	})
+}
+
+// Whoever writes what has become of the objects hears of every build, because that
+// may differ where the mesh does not.
+func TestOnBuild(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src, pub := newFolder(), &published{}
+		l := rebuild.New(rebuild.Options{Source: src, Publisher: pub, Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry()})
+		builds := 0
+		l.OnBuild(func() {
+			if builds++; l.State() == nil {
+				t.Error("it is told before there is a State")
+			}
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- l.Run(ctx) }()
+		synctest.Wait()
+		src.write(translate.Objects{CircuitBreakers: []*v1alpha1.CircuitBreaker{breaker("0.5")}}) // of a Service that is not there
+		time.Sleep(2 * rebuild.Quiet)
+		synctest.Wait()
+		if builds != 2 || len(pub.meshes) != 1 || len(l.State().Statuses) != 1 {
+			t.Errorf("told of %d builds, %d published, %d statuses", builds, len(pub.meshes), len(l.State().Statuses))
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
 		}
 	})
 }

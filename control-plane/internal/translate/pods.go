@@ -157,7 +157,7 @@ func excludedPorts(r *report, obj *corev1.Pod) []uint16 {
 // added theirs already; a Service that selects a pod leads to it before any
 // EndpointSlice says so.
 func (b *builder) addLeads() {
-	selecting := b.byLabel()
+	selecting := byLabel(b.services, func(s *service) map[string]string { return s.obj.Spec.Selector })
 	for _, pd := range b.pods {
 		for name, value := range pd.obj.Labels {
 			for _, s := range selecting[label{pd.namespace, name, value}] {
@@ -188,18 +188,18 @@ type label struct{ namespace, name, value string }
 // byLabel has each Service that selects under the label of its selector that the
 // fewest others have: pods look at those of their labels only, however many
 // Services a namespace has.
-func (b *builder) byLabel() map[label][]*service {
+func byLabel[S any](services map[key]S, selector func(S) map[string]string) map[label][]S {
 	uses := map[label]int{}
-	for _, s := range b.services {
-		for name, value := range s.obj.Spec.Selector {
-			uses[label{s.namespace, name, value}]++
+	for k, s := range services {
+		for name, value := range selector(s) {
+			uses[label{k.namespace, name, value}]++
 		}
 	}
-	out := map[label][]*service{}
-	for _, s := range b.services {
+	out := map[label][]S{}
+	for k, s := range services {
 		var rarest label
-		for name, value := range s.obj.Spec.Selector {
-			if l := (label{s.namespace, name, value}); uses[rarest] == 0 || uses[l] < uses[rarest] {
+		for name, value := range selector(s) {
+			if l := (label{k.namespace, name, value}); uses[rarest] == 0 || uses[l] < uses[rarest] {
 				rarest = l
 			}
 		}
@@ -247,16 +247,20 @@ func (b *builder) instances() []mesh.Instance {
 		if !pd.proxied {
 			continue
 		}
-		slices.SortFunc(pd.authorizations, func(a, b mesh.Authorization) int { return cmp.Compare(a.Policy, b.Policy) })
-		out = append(out, mesh.Instance{
-			Namespace: pd.namespace, Name: pd.name, Workload: pd.workload, ServiceAccount: pd.account,
-			Addresses: pd.addresses, MTLS: pd.mtls, Ports: pd.ports(), Authorizations: pd.authorizations,
-		})
+		out = append(out, pd.instance())
 	}
 	slices.SortFunc(out, func(a, b mesh.Instance) int {
 		return key{a.Namespace, a.Name}.compare(key{b.Namespace, b.Name})
 	})
 	return out
+}
+
+func (p *pod) instance() mesh.Instance {
+	slices.SortFunc(p.authorizations, func(a, b mesh.Authorization) int { return cmp.Compare(a.Policy, b.Policy) })
+	return mesh.Instance{
+		Namespace: p.namespace, Name: p.name, Workload: p.workload, ServiceAccount: p.account,
+		Addresses: p.addresses, MTLS: p.mtls, Ports: p.ports(), Authorizations: p.authorizations,
+	}
 }
 
 // ports are what the Services say is spoken at each port of the pod. Where two

@@ -62,41 +62,36 @@ type Options struct {
 //
 // Build is safe for concurrent use and never panics on what the objects hold.
 func Build(in Objects, opts Options) (*mesh.Mesh, []Problem, []Status) {
-	b := builder{
-		trustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain),
-		services:    map[key]*service{}, external: map[key]bool{}, grants: map[string][]*gatewayv1.ReferenceGrant{},
-		routes: map[key]*gatewayv1.HTTPRoute{}, routed: map[*port]bool{}, attached: map[scope]string{},
-		modes: map[string]mesh.MTLS{}, pods: map[key]*pod{}, podsIn: map[string][]*pod{},
-	}
+	b := newBuilder(opts)
 
-	b.addNamespaces(ordered(&b, kindNamespace, in.Namespaces))
-	b.addPods(ordered(&b, kindPod, in.Pods))
-	b.addServices(ordered(&b, kindService, in.Services))
+	b.addNamespaces(ordered(b, kindNamespace, in.Namespaces))
+	b.addPods(ordered(b, kindPod, in.Pods))
+	b.addServices(ordered(b, kindService, in.Services))
 	b.resolveVIPs()
-	b.addEndpointSlices(ordered(&b, kindEndpointSlice, in.EndpointSlices))
-	b.addWorkloads(ordered(&b, kindWorkload, in.Workloads))
+	b.addEndpointSlices(ordered(b, kindEndpointSlice, in.EndpointSlices))
+	b.addWorkloads(ordered(b, kindWorkload, in.Workloads))
 	b.sortEndpoints()
 	b.addLeads()
 
 	// Retry policies come first: a route asks for the policy that names it.
-	routes := ordered(&b, kindHTTPRoute, in.HTTPRoutes)
+	routes := ordered(b, kindHTTPRoute, in.HTTPRoutes)
 	for _, r := range routes {
 		b.routes[keyOf(r)] = r
 		b.findRouted(r.Namespace, r.Spec.ParentRefs, forHTTP())
 	}
-	grpcRoutes := ordered(&b, kindGRPCRoute, in.GRPCRoutes)
+	grpcRoutes := ordered(b, kindGRPCRoute, in.GRPCRoutes)
 	for _, r := range grpcRoutes {
 		b.findRouted(r.Namespace, r.Spec.ParentRefs, forGRPC())
 	}
-	for _, g := range ordered(&b, kindReferenceGrant, in.ReferenceGrants) {
+	for _, g := range ordered(b, kindReferenceGrant, in.ReferenceGrants) {
 		b.grants[g.Namespace] = append(b.grants[g.Namespace], g)
 	}
-	retries := b.retryPolicies(ordered(&b, kindRetryPolicy, in.RetryPolicies))
+	retries := b.retryPolicies(ordered(b, kindRetryPolicy, in.RetryPolicies))
 	b.addRoutes(routes, grpcRoutes, retries)
-	b.addTLSRoutes(ordered(&b, kindTLSRoute, in.TLSRoutes))
-	b.addCircuitBreakers(ordered(&b, kindCircuitBreaker, in.CircuitBreakers))
+	b.addTLSRoutes(ordered(b, kindTLSRoute, in.TLSRoutes))
+	b.addCircuitBreakers(ordered(b, kindCircuitBreaker, in.CircuitBreakers))
 
-	b.addAuthorizationPolicies(ordered(&b, kindAuthorizationPolicy, in.AuthorizationPolicies))
+	b.addAuthorizationPolicies(ordered(b, kindAuthorizationPolicy, in.AuthorizationPolicies))
 
 	m := &mesh.Mesh{TrustDomain: b.trustDomain, Instances: b.instances()}
 	for _, s := range b.sortedServices() {
@@ -141,6 +136,15 @@ type builder struct {
 	attached map[scope]string
 	problems []Problem
 	statuses []Status
+}
+
+func newBuilder(opts Options) *builder {
+	return &builder{
+		trustDomain: cmp.Or(opts.TrustDomain, identity.DefaultTrustDomain),
+		services:    map[key]*service{}, external: map[key]bool{}, grants: map[string][]*gatewayv1.ReferenceGrant{},
+		routes: map[key]*gatewayv1.HTTPRoute{}, routed: map[*port]bool{}, attached: map[scope]string{},
+		modes: map[string]mesh.MTLS{}, pods: map[key]*pod{}, podsIn: map[string][]*pod{},
+	}
 }
 
 // key names an object of a known kind.

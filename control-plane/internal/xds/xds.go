@@ -149,7 +149,7 @@ func VersionOf(content []byte) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// Set is all that one data plane may be told. It is never changed once built.
+// Set is all that one data plane may be told. Only an Update changes it.
 type Set struct {
 	DataPlane   DataPlane
 	trustDomain string
@@ -158,6 +158,15 @@ type Set struct {
 	ports       map[string]*portSet
 	instances   map[string]*instanceSet // by the name of the listener
 	capture     *captureSet             // Envoy only
+	// owners are the ports that have a listener by the address of an endpoint, by its
+	// name, in order: the first has it.
+	owners map[string][]owner
+}
+
+// owner is a port, and its listener of a name.
+type owner struct {
+	key      string
+	listener *Resource
 }
 
 // Of returns the resources of a type that all nodes share; nil for a type that
@@ -229,6 +238,7 @@ func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
 	s := &Set{
 		DataPlane: dp, trustDomain: m.TrustDomain,
 		types: map[string]Resources{}, overlays: map[string]Resources{}, ports: map[string]*portSet{}, instances: map[string]*instanceSet{},
+		owners: map[string][]owner{},
 	}
 	for _, t := range TypeURLs() {
 		s.types[t] = Resources{}
@@ -280,6 +290,7 @@ func Build(m *mesh.Mesh, dp DataPlane, prev *Set) (*Set, error) {
 func (s *Set) addHosts() {
 	for _, key := range slices.Sorted(maps.Keys(s.ports)) {
 		for _, l := range s.ports[key].hosts {
+			s.owners[l.Name] = append(s.owners[l.Name], owner{key, l})
 			if s.types[ListenerType][l.Name] == nil {
 				s.types[ListenerType][l.Name] = l
 			}
