@@ -174,8 +174,8 @@ func ownedBy(p *corev1.Pod, kind string) bool {
 	return false
 }
 
-// controlPlane: all of it is killed at once. Calls go on; a new pod of the callee is
-// taken in as soon as it is back.
+// controlPlane: all of it is killed at once, and stays away for a while. Calls go on;
+// new pods of the callee are taken in as soon as it is back.
 func controlPlane(ctx context.Context, sc *scene) error {
 	if err := sc.world(ctx, 2, "", ""); err != nil {
 		return err
@@ -185,6 +185,17 @@ func controlPlane(ctx context.Context, sc *scene) error {
 			return err
 		}
 		return sc.Available(ctx, system, "outrigger-control-plane")
+	}); err != nil {
+		return err
+	}
+	if err := sc.during(ctx, "the control plane is away for 15 s", func(ctx context.Context) error {
+		if err := sc.Scale(ctx, system, "outrigger-control-plane", 0); err != nil {
+			return err
+		}
+		away := pause(ctx, 15*time.Second)
+		// Whatever became of the wait, the other stories need it.
+		ctx = context.WithoutCancel(ctx)
+		return errors.Join(away, sc.Scale(ctx, system, "outrigger-control-plane", 2), sc.Available(ctx, system, "outrigger-control-plane"))
 	}); err != nil {
 		return err
 	}
@@ -204,14 +215,14 @@ func controlPlane(ctx context.Context, sc *scene) error {
 	})
 }
 
-// kill ends pods of the product without grace.
+// kill ends pods of the product without grace, and waits for their controller to see it.
 func (sc *scene) kill(ctx context.Context, selector string) error {
 	now := int64(0)
 	err := sc.Client.CoreV1().Pods(system).DeleteCollection(ctx, metav1.DeleteOptions{GracePeriodSeconds: &now}, metav1.ListOptions{LabelSelector: selector})
 	if err != nil {
 		return fmt.Errorf("kill the pods of %s: %w", selector, err)
 	}
-	return nil
+	return pause(ctx, 2*time.Second)
 }
 
 // collectors: those of both nodes are killed. Calls go on, and what was logged
@@ -222,10 +233,6 @@ func collectors(ctx context.Context, sc *scene) error {
 	}
 	if err := sc.during(ctx, "the collectors are killed", func(ctx context.Context) error {
 		if err := sc.kill(ctx, "app.kubernetes.io/name=outrigger-collector"); err != nil {
-			return err
-		}
-		// The DaemonSet needs a moment to count.
-		if err := pause(ctx, 2*time.Second); err != nil {
 			return err
 		}
 		return collectorsReady(ctx, sc.Cluster)
