@@ -78,6 +78,9 @@ func serve(ctx context.Context, args []string) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
+	if len(plain)+len(streams)+len(grpcs) == 0 {
+		plain = ports{8080} // pods that only call are given no ports
+	}
 	name, err := os.Hostname()
 	if err != nil {
 		return err
