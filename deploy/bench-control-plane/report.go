@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -98,6 +100,16 @@ func (r results) MarshalJSON() ([]byte, error) {
 
 // injection runs the benchmark of the injector's webhook, where there is one.
 func injection(ctx context.Context, root string) (*injected, error) {
+	files, err := filepath.Glob(filepath.Join(root, "injector", "internal", "webhook", "*_test.go"))
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(files, func(path string) bool {
+		text, err := os.ReadFile(path)
+		return err == nil && strings.Contains(string(text), "func BenchmarkInjection(")
+	}) {
+		return nil, errors.New("injector/internal/webhook has no BenchmarkInjection")
+	}
 	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkInjection$", "-benchtime", "3s", "./injector/internal/webhook")
 	cmd.Dir = root
 	out, err := cmd.CombinedOutput()
