@@ -80,14 +80,15 @@ type streamKey struct {
 // stream is what is known of one. Its fields are kept by its own lock: thousands of
 // streams answer at the same time.
 type stream struct {
+	connected time.Time
+	peer      *identity.Identity // what the client has proved; nil in clear
+
 	mu   sync.Mutex
-	peer *identity.Identity // what the client has proved; nil in clear
 	node string
 	seen *corev3.Node // the last that was looked at
 	asker
-	client    *client // Envoy only; its view is held
-	connected time.Time
-	types     map[string]*typeState
+	client *client // Envoy only; its view is held
+	types  map[string]*typeState
 }
 
 type typeState struct {
@@ -313,6 +314,20 @@ func (t *tracker) find(k streamKey) *stream {
 	return t.streams[k]
 }
 
+// all returns a copy.
+func (t *tracker) all() map[streamKey]*stream {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.streams)
+}
+
+// id is that of the node; empty before it has said it.
+func (s *stream) id() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.node
+}
+
 func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
 	s := t.find(k)
 	if s == nil {
@@ -487,9 +502,7 @@ func (t *tracker) OnFetchResponse(*discoveryv3.DiscoveryRequest, *discoveryv3.Di
 
 // status is a snapshot, by data plane and node id.
 func (t *tracker) status() []NodeStatus {
-	t.mu.Lock()
-	streams := maps.Clone(t.streams)
-	t.mu.Unlock()
+	streams := t.all()
 	out := make([]NodeStatus, 0, len(streams))
 	for k, s := range streams {
 		if n, ok := t.statusOf(k, s); ok {
