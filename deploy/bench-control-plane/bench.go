@@ -377,8 +377,10 @@ func (b *bench) settled(ctx context.Context) error {
 
 // figures are what is counted from the start.
 type figures struct {
-	plane, fleet, api, etcd time.Duration
-	bytes                   int64
+	plane, fleet, api, etcd, own time.Duration // CPU
+	busy                         time.Duration // of all processors, for anyone
+	waited                       time.Duration // of the control plane, for a processor
+	bytes                        int64
 }
 
 func (b *bench) figures(ctx context.Context) (f figures, err error) {
@@ -386,6 +388,15 @@ func (b *bench) figures(ctx context.Context) (f figures, err error) {
 		return f, err
 	}
 	if f.fleet, err = b.fleet.cpu(); err != nil {
+		return f, err
+	}
+	if f.own, err = cpuOf(os.Getpid()); err != nil {
+		return f, err
+	}
+	if f.waited, err = b.plane.waited(); err != nil {
+		return f, err
+	}
+	if f.busy, err = busy(); err != nil {
 		return f, err
 	}
 	kids, err := children()
@@ -425,6 +436,9 @@ func (b *bench) conclude(ctx context.Context, r *result, from, to figures, took 
 	r.CPU = (to.plane - from.plane).Seconds() / took
 	r.CPUSidecars = (to.fleet - from.fleet).Seconds() / took
 	r.CPUAPI = (to.api - from.api + to.etcd - from.etcd).Seconds() / took
+	ours := to.plane - from.plane + to.fleet - from.fleet + to.api - from.api + to.etcd - from.etcd + to.own - from.own
+	r.CPUOthers = max(0, (to.busy-from.busy-ours).Seconds()/took)
+	r.Waited = (to.waited - from.waited).Seconds() / took
 	r.BytesPerSecond = float64(to.bytes-from.bytes) / took / float64(b.sidecars)
 	text, err := get(ctx, "http://"+b.admin+"/metrics")
 	if err != nil {
@@ -433,7 +447,7 @@ func (b *bench) conclude(ctx context.Context, r *result, from, to figures, took 
 	r.Updates, r.Builds = metric(text, `outrigger_rebuild_updates_total{result="published"}`), metric(text, `outrigger_rebuild_total{result="published"}`)
 	r.Heap = metric(text, "go_memstats_heap_inuse_bytes") / (1 << 20)
 	r.PropagationP99 = quantile(text, "outrigger_xds_propagation_seconds", 0.99) * 1000
-	b.say("API server p50 %.0f ms, p99 %.0f ms; CPU: API server %.2f, control plane %.2f, sidecars %.2f", r.PatchP50, r.PatchP99, r.CPUAPI, r.CPU, r.CPUSidecars)
+	b.say("API server p50 %.0f ms, p99 %.0f ms; CPU: API server %.2f, control plane %.2f (waited %.2f), sidecars %.2f, other programs %.2f", r.PatchP50, r.PatchP99, r.CPUAPI, r.CPU, r.Waited, r.CPUSidecars, r.CPUOthers)
 	b.say("p50 %.0f ms, p99 %.0f ms, max %.0f ms of %d changes; %.2f CPU, %.0f MiB (at most %.0f)", r.P50, r.P99, r.Max, r.Changes, r.CPU, r.RSS, r.RSSMost)
 	return nil
 }

@@ -98,6 +98,36 @@ func cpuOf(pid int) (time.Duration, error) {
 	return measure.StatCPU(b)
 }
 
+// waited is how long its threads have been ready to run and not run: other programs
+// had the processors, or its own had.
+func (p *process) waited() (time.Duration, error) {
+	var sum time.Duration
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for _, t := range tasks {
+		b, _ := os.ReadFile(t) // the thread may have ended
+		if f := strings.Fields(string(b)); len(f) == 3 {
+			ns, err := strconv.ParseInt(f[1], 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("%s: %w", t, err)
+			}
+			sum += time.Duration(ns)
+		}
+	}
+	return sum, nil
+}
+
+// busy is how long the processors have done anything, for anyone.
+func busy() (time.Duration, error) {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, err
+	}
+	return measure.Busy(b, func(int) bool { return true })
+}
+
 // memory is the resident memory, now and at most, in MiB.
 func (p *process) memory() (now, most float64, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))

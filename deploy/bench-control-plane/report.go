@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -40,6 +42,12 @@ type result struct {
 	CPU         float64 `json:"cpu"` // of the control plane, seconds a second
 	CPUSidecars float64 `json:"cpuSidecars"`
 	CPUAPI      float64 `json:"cpuAPI"` // kube-apiserver and etcd
+	// Of programs that have nothing to do with it: where it is more than a little, the
+	// times are those of a machine that has something else to do.
+	CPUOthers float64 `json:"cpuOthers"`
+	// How long threads of the control plane were ready to run and did not, seconds a
+	// second.
+	Waited float64 `json:"waited"`
 
 	RSSEmpty float64 `json:"rssEmpty"` // before a sidecar was connected
 	RSS      float64 `json:"rss"`
@@ -92,6 +100,16 @@ func (r results) MarshalJSON() ([]byte, error) {
 
 // injection runs the benchmark of the injector's webhook, where there is one.
 func injection(ctx context.Context, root string) (*injected, error) {
+	files, err := filepath.Glob(filepath.Join(root, "injector", "internal", "webhook", "*_test.go"))
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(files, func(path string) bool {
+		text, err := os.ReadFile(path)
+		return err == nil && strings.Contains(string(text), "func BenchmarkInjection(")
+	}) {
+		return nil, errors.New("injector/internal/webhook has no BenchmarkInjection")
+	}
 	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkInjection$", "-benchtime", "3s", "./injector/internal/webhook")
 	cmd.Dir = root
 	out, err := cmd.CombinedOutput()
@@ -125,6 +143,9 @@ func injection(ctx context.Context, root string) (*injected, error) {
 	return nil, errors.New("injector/internal/webhook has no BenchmarkInjection")
 }
 
+// disturbed is from how many processors on that others take figures are marked.
+const disturbed = 0.1
+
 // page is docs/bench-control-plane.md.
 func page(all results) string {
 	var b strings.Builder
@@ -140,6 +161,11 @@ func page(all results) string {
 	line("%s. A change is the move of one endpoint, patched in an EndpointSlice; one in ten is of", capital(all.Plan))
 	line("a Service that a tenth of the sidecars use. The sidecars are delta ADS streams, each with a connection of its own, in one")
 	line("other process; they acknowledge at once. Of the pods behind the endpoints only some exist.\n")
+	for _, r := range sizes {
+		if r.CPUOthers > disturbed {
+			line("**DISTURBED: other programs took %.2f processors while %d Services were measured. The times are too long.**\n", r.CPUOthers, r.Services)
+		}
+	}
 	head, rule := "| |", "|---|"
 	for _, r := range sizes {
 		head += fmt.Sprintf(" %d Services |", r.Services)
@@ -163,6 +189,8 @@ func page(all results) string {
 	row("CPU of the control plane (s/s)", "", "%.2f", func(r *result) float64 { return r.CPU })
 	row("CPU of kube-apiserver and etcd (s/s)", "", "%.2f", func(r *result) float64 { return r.CPUAPI })
 	row("CPU of all sidecars (s/s)", "", "%.2f", func(r *result) float64 { return r.CPUSidecars })
+	row("CPU of other programs (s/s)", "", "%.2f", func(r *result) float64 { return r.CPUOthers })
+	row("threads of the control plane waiting for a processor (s/s)", "", "%.2f", func(r *result) float64 { return r.Waited })
 	row("memory of the control plane (MiB)", "", "%.0f", func(r *result) float64 { return r.RSS })
 	row("at most (MiB)", "1536", "%.0f", func(r *result) float64 { return r.RSSMost })
 	row("before a sidecar was connected (MiB)", "", "%.0f", func(r *result) float64 { return r.RSSEmpty })

@@ -111,6 +111,7 @@ type watch struct {
 	// due is when what is held back is pushed all the same; zero: nothing is.
 	due    time.Time
 	answer func(a *answer)
+	closed atomic.Bool // it is answered, or was ended
 }
 
 // answer is what a watch is told.
@@ -145,7 +146,7 @@ type configCache struct {
 	// only with both held.
 	publishing sync.Mutex
 
-	mu      sync.Mutex
+	mu      sync.RWMutex
 	mesh    *mesh.Mesh // nil until the first publish: nothing is answered
 	planes  map[xds.DataPlane]*plane
 	views   map[string]*view
@@ -314,8 +315,9 @@ func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out 
 		}
 		c.rebuilt(v, built, now)
 	}
+	out = c.count(concerns)
 	c.tell(concerns, dirty)
-	return c.count(concerns), err
+	return out, err
 }
 
 // want makes what a kind of data plane is told, from when the first of them comes.
@@ -361,11 +363,11 @@ func (c *configCache) rebuilt(v *view, built *xds.EnvoyView, now time.Time) {
 	c.merge(v.all[xds.ClusterType], built.Clusters, false, now)
 }
 
-// tell answers the watches that are concerned.
+// tell answers the watches that are concerned. It gives up the lock at times.
 func (c *configCache) tell(concerns []concern, dirty []*view) {
 	for _, t := range xds.TypeURLs() {
 		for _, cn := range concerns {
-			c.notify(cn.p, t, cn.names[t])
+			c.tellThose(cn.p, t, cn.names[t])
 			if t == xds.RouteType {
 				for namespace, names := range cn.overlaid {
 					c.notifyIn(cn.p, namespace, names)
@@ -374,6 +376,28 @@ func (c *configCache) tell(concerns []concern, dirty []*view) {
 		}
 		for _, v := range dirty {
 			c.notifyView(v, t)
+		}
+	}
+}
+
+// tellAtOnce is how many watches are answered before streams that wait for the lock
+// have their turn.
+const tellAtOnce = 32
+
+// tellThose is notify, in parts. A watch may end between them.
+func (c *configCache) tellThose(p *plane, typeURL string, names []string) {
+	concerned := map[*watch]struct{}{}
+	for _, n := range names {
+		maps.Copy(concerned, p.byName[typeURL][n])
+	}
+	n := 0
+	for w := range concerned {
+		if n++; n%tellAtOnce == 0 {
+			c.mu.Unlock()
+			c.mu.Lock()
+		}
+		if !w.closed.Load() {
+			c.tryAnswer(w)
 		}
 	}
 }
@@ -768,6 +792,9 @@ func (c *configCache) open(w *watch, node *corev3.Node) func() {
 		w.own.watches[w] = struct{}{}
 	}
 	return func() {
+		if w.closed.Load() {
+			return
+		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.forget(w)
@@ -775,6 +802,7 @@ func (c *configCache) open(w *watch, node *corev3.Node) func() {
 }
 
 func (c *configCache) forget(w *watch) {
+	w.closed.Store(true)
 	for name := range w.names {
 		ws := w.plane.byName[w.typeURL][name]
 		delete(ws, w)
@@ -839,8 +867,8 @@ func (c *configCache) holding(cl *client) bool {
 	if cl == nil {
 		return false
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
 	return len(cl.held) > 0
 }
 
@@ -871,8 +899,8 @@ func (c *configCache) hold(node xds.EnvoyNode) (err error) {
 
 // missing names the upstreams of a view that no Service has.
 func (c *configCache) missing(key string) []string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
 	if v := c.views[key]; v != nil {
 		return v.built.Missing
 	}
@@ -893,9 +921,26 @@ func (c *configCache) release(key string) {
 
 // current returns what is served under a name to a node.
 func (c *configCache) current(a asker, typeURL, name string) (served, bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
 	return (&watch{asker: a, plane: c.planes[a.dp], own: c.views[a.view], typeURL: typeURL}).lookup(name)
+}
+
+// since is when the first of the names of a type began to be served as it is to a
+// node; zero where none is served.
+func (c *configCache) since(a asker, typeURL string, names []string) (out time.Time) {
+	if len(names) == 0 {
+		return out
+	}
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	w := &watch{asker: a, plane: c.planes[a.dp], own: c.views[a.view], typeURL: typeURL}
+	for _, name := range names {
+		if s, ok := w.lookup(name); ok {
+			out = earlier(out, s.since)
+		}
+	}
+	return out
 }
 
 // foreign reports whether a node asks for a listener that is for another alone.
@@ -903,8 +948,8 @@ func (c *configCache) foreign(a asker, typeURL, name string) bool {
 	if typeURL != xds.ListenerType || !strings.HasPrefix(name, xds.InboundPrefix) {
 		return false
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
 	if v := c.views[a.view]; v != nil {
 		if _, ok := v.all[typeURL][name]; ok {
 			return false
@@ -916,7 +961,7 @@ func (c *configCache) foreign(a asker, typeURL, name string) bool {
 // sets returns a copy of what was built last for each data plane, or would be where
 // none has come; nil before the first publish.
 func (c *configCache) sets() (map[xds.DataPlane]*xds.Set, error) {
-	c.mu.Lock()
+	c.mu.RLock()
 	m := c.mesh
 	out := make(map[xds.DataPlane]*xds.Set, len(c.planes))
 	for dp, p := range c.planes {
@@ -924,7 +969,7 @@ func (c *configCache) sets() (map[xds.DataPlane]*xds.Set, error) {
 			out[dp] = p.set.Clone()
 		}
 	}
-	c.mu.Unlock()
+	c.mu.RUnlock()
 	if m == nil {
 		return nil, nil
 	}

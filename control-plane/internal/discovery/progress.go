@@ -128,12 +128,11 @@ func (l *look) current(c *configCache, s *stream, typeURL, name string) (served,
 
 // Nodes are the ids of the data planes that are connected.
 func (s *Server) Nodes() map[string]bool {
-	s.tracker.mu.Lock()
-	defer s.tracker.mu.Unlock()
-	out := make(map[string]bool, len(s.tracker.streams))
-	for _, st := range s.tracker.streams {
-		if st.node != "" {
-			out[st.node] = true
+	streams := s.tracker.all()
+	out := make(map[string]bool, len(streams))
+	for _, st := range streams {
+		if id := st.id(); id != "" {
+			out[id] = true
 		}
 	}
 	return out
@@ -142,15 +141,15 @@ func (s *Server) Nodes() map[string]bool {
 // newest are the streams that count: of a node that has come back before its old
 // stream was found dead, the new one.
 func (t *tracker) newest() []streamKey {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	byNode := make(map[string]streamKey, len(t.streams))
-	for k, s := range t.streams {
-		if s.node == "" {
+	streams := t.all()
+	byNode := make(map[string]streamKey, len(streams))
+	for k, s := range streams {
+		id := s.id()
+		if id == "" {
 			continue
 		}
-		if other, ok := byNode[s.node]; !ok || cmp.Or(s.connected.Compare(t.streams[other].connected), cmp.Compare(k.id, other.id)) > 0 {
-			byNode[s.node] = k
+		if other, ok := byNode[id]; !ok || cmp.Or(s.connected.Compare(streams[other].connected), cmp.Compare(k.id, other.id)) > 0 {
+			byNode[id] = k
 		}
 	}
 	return slices.Collect(maps.Values(byNode))
@@ -158,12 +157,12 @@ func (t *tracker) newest() []streamKey {
 
 // progress looks at the subscriptions of a stream.
 func (t *tracker) progress(k streamKey, l *look) (id string, seen map[int]progress) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	s := t.streams[k]
+	s := t.find(k)
 	if s == nil {
 		return "", nil // it has ended meanwhile
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	seen = map[int]progress{}
 	for typeURL, named := range l.named {
 		ts := s.types[typeURL]

@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/control-plane/internal/xds"
@@ -13,9 +14,11 @@ const maxWaves = 8
 
 // propagation follows each change of endpoints until every proxy that asks for
 // them has acknowledged it, or one after it. Of a proxy that refuses it, or ends,
-// nothing is waited for. Its methods are called with the tracker's lock held.
+// nothing is waited for. Its methods are safe for concurrent use.
 type propagation struct {
 	observe func(time.Duration)
+
+	mu      sync.Mutex
 	targets map[target]*audience
 }
 
@@ -25,12 +28,15 @@ type target struct {
 	name string
 }
 
-// audience is who asks for a resource, and what they have not acknowledged yet,
-// oldest first.
+// audience is who asks for a resource and which versions they have, and the changes
+// that some have not acknowledged yet, oldest first.
 type audience struct {
-	streams map[*stream]struct{}
+	streams map[*stream]has
 	waves   []*wave
 }
+
+// has are the versions that a stream was sent and has acknowledged last.
+type has struct{ sent, acknowledged string }
 
 type wave struct {
 	version string
@@ -40,16 +46,22 @@ type wave struct {
 }
 
 func (p *propagation) join(s *stream, name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	t := target{s.dp, name}
 	a := p.targets[t]
 	if a == nil {
-		a = &audience{streams: map[*stream]struct{}{}}
+		a = &audience{streams: map[*stream]has{}}
 		p.targets[t] = a
 	}
-	a.streams[s] = struct{}{}
+	if _, is := a.streams[s]; !is {
+		a.streams[s] = has{}
+	}
 }
 
 func (p *propagation) leave(s *stream, name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	t := target{s.dp, name}
 	a := p.targets[t]
 	if a == nil {
@@ -62,20 +74,25 @@ func (p *propagation) leave(s *stream, name string) {
 	}
 }
 
-// begin notes that a resource is about to change. has says which version a stream
-// has, and whether it has been sent one that it has not answered.
-func (p *propagation) begin(seen time.Time, dp xds.DataPlane, r *xds.Resource, has func(*stream) (version string, owes bool)) {
-	a := p.targets[target{dp, r.Name}]
-	if a == nil {
-		return
-	}
-	w := &wave{version: r.Version, seen: seen, waiting: make(map[*stream]struct{}, len(a.streams))}
-	for s := range a.streams {
-		if version, owes := has(s); owes || !xds.SameContent(version, r.Version) {
-			w.waiting[s] = struct{}{}
-		} else { // what was between is not sent any more
-			p.settle(a, s, len(a.waves), seen)
+// moving notes that resources are about to change.
+func (p *propagation) moving(seen time.Time, dp xds.DataPlane, endpoints []*xds.Resource) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, r := range endpoints {
+		if a := p.targets[target{dp, r.Name}]; a != nil {
+			p.begin(a, seen, r.Version)
 		}
+	}
+}
+
+func (p *propagation) begin(a *audience, seen time.Time, version string) {
+	w := &wave{version: version, seen: seen, waiting: make(map[*stream]struct{}, len(a.streams))}
+	for s, h := range a.streams {
+		if h.sent == h.acknowledged && xds.SameContent(h.acknowledged, version) {
+			p.settle(a, s, len(a.waves), seen) // what was between is not sent any more
+			continue
+		}
+		w.waiting[s] = struct{}{}
 	}
 	if len(w.waiting) == 0 {
 		return
@@ -87,11 +104,29 @@ func (p *propagation) begin(seen time.Time, dp xds.DataPlane, r *xds.Resource, h
 	a.waves = append(a.waves, w)
 }
 
+// sent notes that a stream is being sent a version.
+func (p *propagation) sent(s *stream, name, version string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a := p.targets[target{s.dp, name}]; a != nil {
+		if h, is := a.streams[s]; is {
+			h.sent = version
+			a.streams[s] = h
+		}
+	}
+}
+
 // acknowledged notes that a stream has a version, and with it all before.
 func (p *propagation) acknowledged(s *stream, name, version string, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	a := p.targets[target{s.dp, name}]
 	if a == nil {
 		return
+	}
+	if h, is := a.streams[s]; is {
+		h.acknowledged = version
+		a.streams[s] = h
 	}
 	for i := len(a.waves) - 1; i >= 0; i-- {
 		if xds.SameContent(a.waves[i].version, version) {
@@ -103,12 +138,14 @@ func (p *propagation) acknowledged(s *stream, name, version string, now time.Tim
 
 // refused notes that a stream will not have what is under way to it.
 func (p *propagation) refused(s *stream, name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if a := p.targets[target{s.dp, name}]; a != nil {
 		p.settle(a, s, len(a.waves), time.Time{})
 	}
 }
 
-// settle takes a stream from the first n waves. now is zero where it has not
+// settle takes a stream from the first n waves. It is called with the lock held. now is zero where it has not
 // acknowledged them.
 func (p *propagation) settle(a *audience, s *stream, n int, now time.Time) {
 	done := false
@@ -132,32 +169,20 @@ func (p *propagation) settle(a *audience, s *stream, n int, now time.Time) {
 	}
 }
 
-// oldest is when the oldest change was seen that is under way; zero where none is.
-func (p *propagation) oldest() time.Time {
-	var out time.Time
+// pending is the age of the oldest change under way, in seconds; 0 where none is.
+func (p *propagation) pending(now time.Time) float64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var oldest time.Time
 	for _, a := range p.targets {
 		for _, w := range a.waves {
-			out = earlier(out, w.seen)
+			oldest = earlier(oldest, w.seen)
 		}
 	}
-	return out
-}
-
-// moving begins to follow changes of endpoints.
-func (t *tracker) moving(seen time.Time, dp xds.DataPlane, endpoints []*xds.Resource) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, r := range endpoints {
-		t.propagation.begin(seen, dp, r, func(s *stream) (string, bool) {
-			ts := s.of(xds.EndpointType)
-			for _, sent := range ts.pending {
-				if _, ok := sent.resources[r.Name]; ok {
-					return "", true
-				}
-			}
-			return ts.acked[r.Name], false
-		})
+	if oldest.IsZero() {
+		return 0
 	}
+	return now.Sub(oldest).Seconds()
 }
 
 // subscribe and unsubscribe keep ts.names.
@@ -173,14 +198,4 @@ func (t *tracker) unsubscribe(s *stream, ts *typeState, typeURL, name string) {
 	if typeURL == xds.EndpointType {
 		t.propagation.leave(s, name)
 	}
-}
-
-// pendingPropagation is the age of the oldest change under way, in seconds.
-func (t *tracker) pendingPropagation() float64 {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if at := t.propagation.oldest(); !at.IsZero() {
-		return t.now().Sub(at).Seconds()
-	}
-	return 0
 }

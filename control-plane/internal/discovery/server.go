@@ -132,11 +132,11 @@ func New(o Options) *Server {
 		cache: s.cache, log: o.Log, metrics: s.metrics, now: time.Now, limits: o.Limits, streams: map[streamKey]*stream{},
 		propagation: propagation{observe: func(d time.Duration) { s.metrics.propagation.Observe(d.Seconds()) }, targets: map[target]*audience{}},
 	}
-	s.cache.moving = s.tracker.moving
+	s.cache.moving = s.tracker.propagation.moving
 	o.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "outrigger_xds_propagation_pending_seconds",
 		Help: "Age of the oldest change of endpoints that some proxy that asks for them has not acknowledged; 0 where there is none.",
-	}, s.tracker.pendingPropagation))
+	}, func() float64 { return s.tracker.propagation.pending(time.Now()) }))
 	return s
 }
 

@@ -77,14 +77,18 @@ type streamKey struct {
 	id    int64
 }
 
+// stream is what is known of one. Its fields are kept by its own lock: thousands of
+// streams answer at the same time.
 type stream struct {
-	peer *identity.Identity // what the client has proved; nil in clear
+	connected time.Time
+	peer      *identity.Identity // what the client has proved; nil in clear
+
+	mu   sync.Mutex
 	node string
 	seen *corev3.Node // the last that was looked at
 	asker
-	client    *client // Envoy only; its view is held
-	connected time.Time
-	types     map[string]*typeState
+	client *client // Envoy only; its view is held
+	types  map[string]*typeState
 }
 
 type typeState struct {
@@ -115,12 +119,15 @@ type tracker struct {
 	now     func() time.Time
 	limits  Limits
 
-	mu          sync.Mutex
-	streams     map[streamKey]*stream
+	mu      sync.Mutex
+	streams map[streamKey]*stream
+
 	propagation propagation
 }
 
 var _ serverv3.Callbacks = (*tracker)(nil)
+
+var errUnknownStream = grpcstatus.Error(codes.Internal, "unknown stream")
 
 func (t *tracker) open(ctx context.Context, k streamKey) error {
 	t.mu.Lock()
@@ -137,14 +144,16 @@ func (t *tracker) closed(k streamKey) {
 	t.mu.Lock()
 	s := t.streams[k]
 	delete(t.streams, k)
-	if s != nil && s.types[xds.EndpointType] != nil {
-		for name := range s.types[xds.EndpointType].names {
-			t.propagation.leave(s, name)
-		}
-	}
 	t.mu.Unlock()
 	if s == nil {
 		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ts := s.types[xds.EndpointType]; ts != nil {
+		for name := range ts.names {
+			t.propagation.leave(s, name)
+		}
 	}
 	if s.client != nil {
 		t.cache.disconnect(s.client)
@@ -299,22 +308,44 @@ func (ts *typeState) settle(name string) {
 	}
 }
 
-func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
+func (t *tracker) find(k streamKey) *stream {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := t.streams[k]
+	return t.streams[k]
+}
+
+// all returns a copy.
+func (t *tracker) all() map[streamKey]*stream {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.streams)
+}
+
+// id is that of the node; empty before it has said it.
+func (s *stream) id() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.node
+}
+
+func (t *tracker) sent(k streamKey, typeURL, nonce string, r *response) {
+	s := t.find(k)
 	if s == nil {
 		return
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	ts := s.of(typeURL)
+	var news []string
 	for name, version := range r.resources {
-		if old, had := ts.acked[name]; !had || xds.SameContent(old, version) {
-			continue
+		if old, had := ts.acked[name]; had && !xds.SameContent(old, version) {
+			news = append(news, name)
 		}
-		if cur, ok := t.cache.current(s.asker, typeURL, name); ok && (r.since.IsZero() || cur.since.Before(r.since)) {
-			r.since = cur.since
+		if typeURL == xds.EndpointType {
+			t.propagation.sent(s, name, version)
 		}
 	}
+	r.since = t.cache.since(s.asker, typeURL, news)
 	// What is being taken away does not count as there any more.
 	if r.full {
 		maps.DeleteFunc(ts.acked, func(name, _ string) bool { _, stays := r.resources[name]; return !stays })
@@ -346,19 +377,15 @@ func (t *tracker) OnDeltaStreamOpen(ctx context.Context, id int64, _ string) err
 func (t *tracker) OnDeltaStreamClosed(id int64, _ *corev3.Node) { t.closed(streamKey{true, id}) }
 
 // receive is what both protocols begin a request with: who asks, and whether for
-// a type that is served. It is called with the lock held.
-func (t *tracker) receive(key streamKey, node *corev3.Node, typeURL string) (*stream, *typeState, error) {
-	s := t.streams[key]
-	if s == nil {
-		return nil, nil, grpcstatus.Error(codes.Internal, "unknown stream")
-	}
+// a type that is served. It is called with the stream's lock held.
+func (t *tracker) receive(s *stream, node *corev3.Node, typeURL string) (*typeState, error) {
 	if err := t.introduce(s, node); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if !slices.Contains(xds.TypeURLs(), typeURL) {
-		return nil, nil, errUnservedType(typeURL)
+		return nil, errUnservedType(typeURL)
 	}
-	return s, s.of(typeURL), nil
+	return s.of(typeURL), nil
 }
 
 // prepare makes what there is to be told to nodes of a kind. It may take long, for
@@ -378,9 +405,13 @@ func (t *tracker) OnStreamRequest(id int64, req *discoveryv3.DiscoveryRequest) e
 	if err := t.prepare(req.GetNode()); err != nil {
 		return err
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	s, ts, err := t.receive(streamKey{false, id}, req.GetNode(), req.GetTypeUrl())
+	s := t.find(streamKey{false, id})
+	if s == nil {
+		return errUnknownStream
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ts, err := t.receive(s, req.GetNode(), req.GetTypeUrl())
 	if err != nil {
 		return err
 	}
@@ -410,9 +441,13 @@ func (t *tracker) OnStreamDeltaRequest(id int64, req *discoveryv3.DeltaDiscovery
 	if err := t.prepare(req.GetNode()); err != nil {
 		return err
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	s, ts, err := t.receive(streamKey{true, id}, req.GetNode(), req.GetTypeUrl())
+	s := t.find(streamKey{true, id})
+	if s == nil {
+		return errUnknownStream
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ts, err := t.receive(s, req.GetNode(), req.GetTypeUrl())
 	if err != nil {
 		return err
 	}
@@ -467,43 +502,51 @@ func (t *tracker) OnFetchResponse(*discoveryv3.DiscoveryRequest, *discoveryv3.Di
 
 // status is a snapshot, by data plane and node id.
 func (t *tracker) status() []NodeStatus {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	out := make([]NodeStatus, 0, len(t.streams))
-	for k, s := range t.streams {
-		if s.node == "" {
-			continue
+	streams := t.all()
+	out := make([]NodeStatus, 0, len(streams))
+	for k, s := range streams {
+		if n, ok := t.statusOf(k, s); ok {
+			out = append(out, n)
 		}
-		n := NodeStatus{
-			ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.view), Applied: !t.cache.holding(s.client),
-			Types: make([]TypeStatus, 0, len(s.types)),
-		}
-		if k.delta {
-			n.Protocol = "delta"
-		}
-		for _, typeURL := range xds.TypeURLs() {
-			ts := s.types[typeURL]
-			if ts == nil {
-				continue
-			}
-			n.Types = append(n.Types, TypeStatus{
-				Type: shortType(typeURL), Version: ts.version, Resources: len(ts.acked), Pending: len(ts.pending), Nack: ts.nack,
-			})
-			if ts.nack != nil || len(ts.pending) > 0 {
-				n.Applied = false
-			}
-			for name, version := range ts.acked {
-				if cur, ok := t.cache.current(s.asker, typeURL, name); ok && !xds.SameContent(cur.Version, version) {
-					n.Applied = false
-				}
-			}
-		}
-		out = append(out, n)
 	}
 	slices.SortFunc(out, func(a, b NodeStatus) int {
 		return cmp.Or(strings.Compare(string(a.DataPlane), string(b.DataPlane)), strings.Compare(a.ID, b.ID), a.Connected.Compare(b.Connected))
 	})
 	return out
+}
+
+// statusOf is that of one stream; none where it has not said yet which node it is.
+func (t *tracker) statusOf(k streamKey, s *stream) (NodeStatus, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.node == "" {
+		return NodeStatus{}, false
+	}
+	n := NodeStatus{
+		ID: s.node, DataPlane: s.dp, Protocol: "sotw", Connected: s.connected, Missing: t.cache.missing(s.view), Applied: !t.cache.holding(s.client),
+		Types: make([]TypeStatus, 0, len(s.types)),
+	}
+	if k.delta {
+		n.Protocol = "delta"
+	}
+	for _, typeURL := range xds.TypeURLs() {
+		ts := s.types[typeURL]
+		if ts == nil {
+			continue
+		}
+		n.Types = append(n.Types, TypeStatus{
+			Type: shortType(typeURL), Version: ts.version, Resources: len(ts.acked), Pending: len(ts.pending), Nack: ts.nack,
+		})
+		if ts.nack != nil || len(ts.pending) > 0 {
+			n.Applied = false
+		}
+		for name, version := range ts.acked {
+			if cur, ok := t.cache.current(s.asker, typeURL, name); ok && !xds.SameContent(cur.Version, version) {
+				n.Applied = false
+			}
+		}
+	}
+	return n, true
 }
 
 // wildcards reports whether a type may be asked for without names, and is sent
