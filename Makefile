@@ -38,6 +38,7 @@ check: $(TOOLS)/golangci-lint ## vet, lint, layers, formatting and go.mod, witho
 	$(TOOLS)/golangci-lint fmt --diff
 	go mod tidy -diff
 	cd tools && go mod verify >/dev/null
+	cd deploy/e2e && go vet ./...
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS (20)
 	@tools/fuzz.sh $(FUZZ_SECONDS)

@@ -5,7 +5,7 @@ app.kubernetes.io/name: {{ .name }}
 app.kubernetes.io/component: {{ .component }}
 app.kubernetes.io/part-of: outrigger
 app.kubernetes.io/instance: {{ .root.Release.Name }}
-app.kubernetes.io/version: {{ .root.Chart.AppVersion | replace "+" "_" | trunc 63 | quote }}
+app.kubernetes.io/version: {{ regexReplaceAll "[^A-Za-z0-9_.-]" (.root.Chart.AppVersion | replace "+" "_") "" | trunc 63 | trimAll "-_." | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end }}
 
