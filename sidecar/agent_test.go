@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -48,7 +49,10 @@ func TestAgent(t *testing.T) {
 	defer func() {
 		cancel()
 		select {
-		case <-ended:
+		case err := <-ended:
+			if err != nil && !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
 		case <-time.After(20 * time.Second):
 			t.Error("it does not end")
 		}
