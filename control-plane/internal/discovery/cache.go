@@ -52,8 +52,8 @@ type plane struct {
 	wanted   atomic.Bool // one has come; what nobody asks for is not made
 	set      *xds.Set    // nil before the first publish, and where it is not wanted
 	all      scope
-	overlays map[string]map[string]served              // namespace, route: what is served there instead
-	byName   map[string]map[string]map[*watch]struct{} // type, name
+	overlays map[string]map[string]served // namespace, route: what is served there instead
+	waiting  map[string]*waiting          // by type
 }
 
 // asker is whose a request is, as far as it matters for the answer.
@@ -111,6 +111,8 @@ type watch struct {
 	// due is when what is held back is pushed all the same; zero: nothing is.
 	due    time.Time
 	answer func(a *answer)
+
+	mu     sync.Mutex  // held while it is looked whether there is something to tell
 	closed atomic.Bool // it is answered, or was ended
 }
 
@@ -146,6 +148,10 @@ type configCache struct {
 	// only with both held.
 	publishing sync.Mutex
 
+	// tables is held while mesh, the sets and what planes serve are changed, for a
+	// moment, with mu held too. To read them one of the two is enough.
+	tables sync.RWMutex
+
 	mu      sync.RWMutex
 	mesh    *mesh.Mesh // nil until the first publish: nothing is answered
 	planes  map[xds.DataPlane]*plane
@@ -162,10 +168,10 @@ func newConfigCache(grace time.Duration, now func() time.Time, wake func(), time
 		planes: map[xds.DataPlane]*plane{}, views: map[string]*view{}, clients: map[*corev3.Node]*client{},
 	}
 	for _, dp := range xds.DataPlanes() {
-		p := &plane{all: scope{}, overlays: map[string]map[string]served{}, byName: map[string]map[string]map[*watch]struct{}{}}
+		p := &plane{all: scope{}, overlays: map[string]map[string]served{}, waiting: map[string]*waiting{}}
 		for _, t := range xds.TypeURLs() {
 			p.all[t] = map[string]served{}
-			p.byName[t] = map[string]map[*watch]struct{}{}
+			p.waiting[t] = newWaiting()
 		}
 		c.planes[dp] = p
 	}
@@ -221,8 +227,9 @@ func (c *configCache) publish(m *mesh.Mesh, seen time.Time) (out published, err 
 	}
 	now := c.now()
 	first := c.mesh == nil
-	c.mesh = m
 	var concerns []concern
+	c.tables.Lock()
+	c.mesh = m
 	for dp, set := range sets {
 		p := c.planes[dp]
 		p.set = set
@@ -232,11 +239,12 @@ func (c *configCache) publish(m *mesh.Mesh, seen time.Time) (out published, err 
 		}
 		concerns = append(concerns, cn)
 	}
+	c.tables.Unlock()
 	out = c.count(concerns)
 	for _, cn := range concerns {
 		for _, t := range xds.TypeURLs() {
 			if first { // whoever waits is answered, if only that there is nothing
-				cn.names[t] = slices.Collect(maps.Keys(cn.p.byName[t]))
+				cn.names[t] = cn.p.waiting[t].names()
 			}
 		}
 	}
@@ -287,7 +295,6 @@ func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out 
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	c.mesh = m
 	var dirty []*view
 	for _, v := range c.views {
 		if updates[xds.Envoy].Views(v.node, v.built) {
@@ -295,6 +302,8 @@ func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out 
 		}
 	}
 	var concerns []concern
+	c.tables.Lock()
+	c.mesh = m
 	for dp, update := range updates {
 		p := c.planes[dp]
 		cn := concern{p: p, names: map[string][]string{}}
@@ -307,6 +316,7 @@ func (c *configCache) update(m *mesh.Mesh, ch mesh.Change, seen time.Time) (out 
 		}
 		concerns = append(concerns, cn)
 	}
+	c.tables.Unlock()
 	for _, v := range dirty {
 		built, viewErr := c.planes[xds.Envoy].set.EnvoyView(v.node, v.built)
 		if viewErr != nil {
@@ -338,6 +348,8 @@ func (c *configCache) want(dp xds.DataPlane) error {
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		c.tables.Lock()
+		defer c.tables.Unlock()
 		now := c.now()
 		p.set = set
 		c.overlay(p, now)
@@ -363,11 +375,11 @@ func (c *configCache) rebuilt(v *view, built *xds.EnvoyView, now time.Time) {
 	c.merge(v.all[xds.ClusterType], built.Clusters, false, now)
 }
 
-// tell answers the watches that are concerned. It gives up the lock at times.
+// tell answers the watches that are concerned.
 func (c *configCache) tell(concerns []concern, dirty []*view) {
 	for _, t := range xds.TypeURLs() {
 		for _, cn := range concerns {
-			c.tellThose(cn.p, t, cn.names[t])
+			c.notify(cn.p, t, cn.names[t])
 			if t == xds.RouteType {
 				for namespace, names := range cn.overlaid {
 					c.notifyIn(cn.p, namespace, names)
@@ -376,28 +388,6 @@ func (c *configCache) tell(concerns []concern, dirty []*view) {
 		}
 		for _, v := range dirty {
 			c.notifyView(v, t)
-		}
-	}
-}
-
-// tellAtOnce is how many watches are answered before streams that wait for the lock
-// have their turn.
-const tellAtOnce = 32
-
-// tellThose is notify, in parts. A watch may end between them.
-func (c *configCache) tellThose(p *plane, typeURL string, names []string) {
-	concerned := map[*watch]struct{}{}
-	for _, n := range names {
-		maps.Copy(concerned, p.byName[typeURL][n])
-	}
-	n := 0
-	for w := range concerned {
-		if n++; n%tellAtOnce == 0 {
-			c.mu.Unlock()
-			c.mu.Lock()
-		}
-		if !w.closed.Load() {
-			c.tryAnswer(w)
 		}
 	}
 }
@@ -518,19 +508,26 @@ func (c *configCache) sweep() time.Time {
 		}
 		return names
 	}
+	locked := func(have map[string]served) []string {
+		c.tables.Lock()
+		defer c.tables.Unlock()
+		return due(have)
+	}
 	// Removals go the other way round: first what refers, then what is referred to.
 	types := xds.TypeURLs()
 	slices.Reverse(types)
 	for _, t := range types {
 		for _, p := range c.planes {
-			c.notify(p, t, due(p.all[t]))
+			c.notify(p, t, locked(p.all[t]))
 			if t != xds.RouteType {
 				continue
 			}
 			for namespace, have := range p.overlays {
-				c.notifyIn(p, namespace, due(have))
+				c.notifyIn(p, namespace, locked(have))
 				if len(have) == 0 {
+					c.tables.Lock()
 					delete(p.overlays, namespace)
+					c.tables.Unlock()
 				}
 			}
 		}
@@ -586,22 +583,16 @@ func earlier(a, b time.Time) time.Time {
 }
 
 func (c *configCache) notify(p *plane, typeURL string, names []string) {
-	concerned := map[*watch]struct{}{}
-	for _, n := range names {
-		maps.Copy(concerned, p.byName[typeURL][n])
-	}
-	for w := range concerned {
+	for _, w := range p.waiting[typeURL].of(names) {
 		c.tryAnswer(w)
 	}
 }
 
 // notifyIn tells those of a namespace that routes have changed for them.
 func (c *configCache) notifyIn(p *plane, namespace string, names []string) {
-	for _, n := range names {
-		for w := range maps.Clone(p.byName[xds.RouteType][n]) {
-			if w.namespace == namespace {
-				c.tryAnswer(w)
-			}
+	for _, w := range p.waiting[xds.RouteType].of(names) {
+		if w.namespace == namespace {
+			c.tryAnswer(w)
 		}
 	}
 }
@@ -614,9 +605,17 @@ func (c *configCache) notifyView(v *view, typeURL string) {
 	}
 }
 
-// tryAnswer answers and closes the watch if there is something to tell.
-func (c *configCache) tryAnswer(w *watch) bool {
+// tryAnswer answers and closes the watch if there is something to tell. For an
+// Envoy's it is called with the cache's lock held.
+func (c *configCache) tryAnswer(w *watch) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed.Load() {
+		return
+	}
+	c.tables.RLock()
 	a := c.compute(w)
+	c.tables.RUnlock()
 	if a == nil {
 		if !w.due.IsZero() {
 			w.client.held[w] = struct{}{}
@@ -624,14 +623,13 @@ func (c *configCache) tryAnswer(w *watch) bool {
 		} else if w.client != nil {
 			delete(w.client.held, w)
 		}
-		return false
+		return
 	}
 	c.forget(w)
 	if a.late {
 		c.timedOut(w.typeURL)
 	}
 	w.answer(a)
-	return true
 }
 
 // retry looks again at what is held back from a client.
@@ -770,52 +768,50 @@ func (c *configCache) compute(w *watch) *answer {
 
 // open answers the watch at once if there is something to tell, else keeps it.
 // The function it returns ends the watch; it may be called more than once.
+//
+// Only for an Envoy's watch the cache's lock is taken. What makes that enough for
+// the others: a watch waits before it looks, and what it looks at is changed before
+// those who wait are looked for.
 func (c *configCache) open(w *watch, node *corev3.Node) func() {
 	w.asker = whose(node)
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	w.plane = c.planes[w.dp]
-	w.own = c.views[w.view]
-	w.client = c.clients[node]
-	if c.tryAnswer(w) {
-		return func() {}
-	}
-	for name := range w.names {
-		ws := w.plane.byName[w.typeURL][name]
-		if ws == nil {
-			ws = map[*watch]struct{}{}
-			w.plane.byName[w.typeURL][name] = ws
+	if w.dp == xds.Envoy {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		w.own = c.views[w.view]
+		w.client = c.clients[node]
+		if w.own != nil {
+			w.own.watches[w] = struct{}{}
 		}
-		ws[w] = struct{}{}
 	}
-	if w.own != nil {
-		w.own.watches[w] = struct{}{}
-	}
+	w.plane.waiting[w.typeURL].add(w)
+	c.tryAnswer(w)
 	return func() {
 		if w.closed.Load() {
 			return
 		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
+		if w.dp == xds.Envoy {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
 		c.forget(w)
 	}
 }
 
+// forget ends a watch. It is called with the watch's lock held, and for an Envoy's
+// with that of the cache.
 func (c *configCache) forget(w *watch) {
-	w.closed.Store(true)
-	for name := range w.names {
-		ws := w.plane.byName[w.typeURL][name]
-		delete(ws, w)
-		if len(ws) == 0 {
-			delete(w.plane.byName[w.typeURL], name)
-		}
-	}
+	w.plane.waiting[w.typeURL].remove(w)
 	if w.own != nil {
 		delete(w.own.watches, w)
 	}
 	if w.client != nil {
 		delete(w.client.held, w)
 	}
+	// Last: whoever sees it may change what the watch looks at.
+	w.closed.Store(true)
 }
 
 // connect begins to follow what a stream of an Envoy acknowledges, until
@@ -899,6 +895,9 @@ func (c *configCache) hold(node xds.EnvoyNode) (err error) {
 
 // missing names the upstreams of a view that no Service has.
 func (c *configCache) missing(key string) []string {
+	if key == "" {
+		return nil
+	}
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	if v := c.views[key]; v != nil {
@@ -921,9 +920,21 @@ func (c *configCache) release(key string) {
 
 // current returns what is served under a name to a node.
 func (c *configCache) current(a asker, typeURL, name string) (served, bool) {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return (&watch{asker: a, plane: c.planes[a.dp], own: c.views[a.view], typeURL: typeURL}).lookup(name)
+	w, unlock := c.reading(a, typeURL)
+	defer unlock()
+	return w.lookup(name)
+}
+
+// reading returns what looks resources up as a node sees them, until unlock.
+func (c *configCache) reading(a asker, typeURL string) (w *watch, unlock func()) {
+	w = &watch{asker: a, plane: c.planes[a.dp], typeURL: typeURL}
+	if a.dp == xds.Envoy {
+		c.mu.RLock()
+		w.own = c.views[a.view]
+		return w, c.mu.RUnlock
+	}
+	c.tables.RLock()
+	return w, c.tables.RUnlock
 }
 
 // since is when the first of the names of a type began to be served as it is to a
@@ -932,9 +943,8 @@ func (c *configCache) since(a asker, typeURL string, names []string) (out time.T
 	if len(names) == 0 {
 		return out
 	}
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	w := &watch{asker: a, plane: c.planes[a.dp], own: c.views[a.view], typeURL: typeURL}
+	w, unlock := c.reading(a, typeURL)
+	defer unlock()
 	for _, name := range names {
 		if s, ok := w.lookup(name); ok {
 			out = earlier(out, s.since)
@@ -948,14 +958,14 @@ func (c *configCache) foreign(a asker, typeURL, name string) bool {
 	if typeURL != xds.ListenerType || !strings.HasPrefix(name, xds.InboundPrefix) {
 		return false
 	}
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	if v := c.views[a.view]; v != nil {
-		if _, ok := v.all[typeURL][name]; ok {
+	w, unlock := c.reading(a, typeURL)
+	defer unlock()
+	if w.own != nil {
+		if _, ok := w.own.all[typeURL][name]; ok {
 			return false
 		}
 	}
-	return a.foreign(name, c.planes[a.dp].all[typeURL][name])
+	return a.foreign(name, w.plane.all[typeURL][name])
 }
 
 // sets returns a copy of what was built last for each data plane, or would be where

@@ -1,9 +1,11 @@
 package discovery_test
 
 import (
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -110,4 +112,56 @@ func gauge(t *testing.T, g prometheus.Gatherer, name string) float64 {
 	}
 	t.Fatalf("no %s", name)
 	return 0
+}
+
+// However endpoints change while proxies subscribe and answer, each has in the end
+// what is served.
+func TestNothingIsMissed(t *testing.T) {
+	const clients, changes = 24, 400
+	s := newServer(discovery.Options{})
+	m := shop("127.0.0.1:9")
+	publish(t, s, m)
+	addr, stop := startStop(t, s)
+	var wg sync.WaitGroup
+	for i := range clients {
+		c := newDelta(t, addr, sidecar(fmt.Sprintf("a-%d.shop", i)))
+		wg.Go(func() {
+			for k := range 20 { // names that come and go
+				c.subscribe(xdsgen.EndpointType, key)
+				if k%2 == i%2 {
+					c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: xdsgen.EndpointType, ResourceNamesUnsubscribe: []string{key}})
+				}
+			}
+			c.subscribe(xdsgen.EndpointType, key)
+			for {
+				select {
+				case r := <-c.got:
+					c.ack(r)
+				case <-c.ended:
+					return
+				}
+			}
+		})
+	}
+	for n := range changes {
+		svc := m.Services[0]
+		svc.Ports = slices.Clone(svc.Ports)
+		svc.Ports[0].Endpoints = []mesh.Endpoint{{Address: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(100+n)), Ready: true}}
+		m = m.With([]mesh.Service{svc}, nil)
+		if n%20 == 0 {
+			publish(t, s, m)
+			continue
+		}
+		if err := s.Update(m, mesh.Change{Services: []mesh.Name{{Namespace: svc.Namespace, Name: svc.Name}}}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waitFor(t, "all have the last", func() bool { return s.Applied()[0].Applied == clients })
+	for _, n := range s.Status() {
+		if len(n.Types) != 1 || n.Types[0].Resources != 1 {
+			t.Errorf("%s has %+v", n.ID, n.Types)
+		}
+	}
+	stop()
+	wg.Wait()
 }
