@@ -362,9 +362,9 @@ func (s *sink) check(m *mesh.Mesh) {
 // Whatever happens, and whichever way it goes, there is in the end what a build
 // from nothing makes of the same objects.
 func TestHistories(t *testing.T) {
-	histories, steps := 30, 60
+	histories, steps := 10, 40
 	if testing.Short() {
-		histories = 8
+		histories = 3
 	}
 	updates, builds := 0.0, 0.0
 	for seed := range histories {
