@@ -425,7 +425,7 @@ func TestHistories(t *testing.T) {
 		}
 	}
 	t.Logf("%v updates of endpoints, %v builds", updates, builds)
-	if updates < float64(histories*steps)/4 || builds < float64(histories*steps)/10 {
+	if updates < float64(histories*steps)/8 || builds < float64(histories*steps)/10 {
 		t.Error("one of the ways is hardly gone")
 	}
 }
