@@ -137,7 +137,8 @@ func TestNothingIsMissed(t *testing.T) {
 				select {
 				case r := <-c.got:
 					c.ack(r)
-				case <-c.ended:
+				case err := <-c.ended:
+					_ = err // the server has stopped
 					return
 				}
 			}
