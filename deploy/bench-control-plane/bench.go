@@ -77,6 +77,9 @@ func (b *bench) measure(ctx context.Context) (_ *result, err error) {
 	if err := fill(ctx, etcd, b.plan, b.services); err != nil {
 		return nil, err
 	}
+	if err := b.api.wait(ctx, b.plan, b.services); err != nil {
+		return nil, err
+	}
 	r.FillSeconds = time.Since(began).Seconds()
 	b.say("objects made in %.0f s", r.FillSeconds)
 

@@ -317,6 +317,27 @@ func (a *api) change(ctx context.Context, service, n int) error {
 	return a.do(ctx, http.MethodPatch, slicesPath(service)+"/"+sliceName(service, 0), "application/json-patch+json", []byte(patch))
 }
 
+// wait waits until the API server has seen all that was put into etcd: the last of
+// each kind.
+func (a *api) wait(ctx context.Context, p plan, services int) error {
+	last := services - 1
+	slices := endpointSlices(last, p.endpoints/services, nil)
+	for _, path := range []string{
+		"/api/v1/namespaces/" + namespaceOf(last) + "/services/" + serviceName(last),
+		slicesPath(last) + "/" + slices[len(slices)-1].Name,
+		"/api/v1/namespaces/" + namespaceOf(podService(p.pods-1, services)) + "/pods/" + podName(p.pods-1),
+	} {
+		// From the cache that lists are answered from.
+		for err := a.do(ctx, http.MethodGet, path+"?resourceVersion=0", jsonType, []byte(nil)); err != nil; err = a.do(ctx, http.MethodGet, path+"?resourceVersion=0", jsonType, []byte(nil)) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
+	return nil
+}
+
 // kubeconfig writes what the control plane connects with.
 func (a *api) kubeconfig(dir string) (string, error) {
 	type m = map[string]any
