@@ -35,9 +35,14 @@ type Record struct {
 	Level   string
 	TraceID string // 32 lower-case hex digits or empty
 	SpanID  string // 16 lower-case hex digits or empty
+	// Service is what the program itself says it is called; it goes before that
+	// of the Resource.
+	Service string
 	// TruncatedBytes is how much of the line was cut off.
 	TruncatedBytes int
-	Resource       Resource
+	// Resource is where the record comes from; never nil once it has been read. It
+	// is shared by all records of a container and never changed.
+	Resource *Resource
 	// Attributes of a structured body by their dotted ECS names. Values are
 	// string, float64, bool, nil, []any or map[string]any, as encoding/json
 	// gives them.
@@ -45,7 +50,8 @@ type Record struct {
 	Origin     Origin
 }
 
-// Resource is where a record comes from.
+// Resource is where a record comes from. All records of a container share one,
+// so that an output may write it down once; whoever learns more makes another.
 type Resource struct {
 	Cluster   string
 	Node      string
@@ -56,7 +62,18 @@ type Resource struct {
 	Restart   int
 	// Service is the workload as users name it (ECS service.name).
 	Service string
-	Labels  map[string]string
+	Labels  map[string]string // of the pod
+
+	// What only the API knows; empty until then.
+	WorkloadKind string // Deployment, StatefulSet, DaemonSet, Job, CronJob, or that of the owner
+	Workload     string // its name
+	PodIP        string
+	ContainerID  string // without the runtime's prefix
+	Image        string
+
+	// For rules; not sent.
+	Annotations     map[string]string // of the pod
+	NamespaceLabels map[string]string
 }
 
 // Origin is the place of a record in its file generation: half-open byte
@@ -83,6 +100,9 @@ const (
 	Namespace      = "kubernetes.namespace"
 	PodName        = "kubernetes.pod.name"
 	PodUID         = "kubernetes.pod.uid"
+	PodIP          = "kubernetes.pod.ip"
+	ContainerID    = "container.id"
+	ImageName      = "container.image.name"
 	KContainer     = "kubernetes.container.name"
 	OrchNamespace  = "orchestrator.namespace"
 	OrchCluster    = "orchestrator.cluster.name"
@@ -117,17 +137,10 @@ func (r *Record) Fields() map[string]any {
 	set(TraceID, r.TraceID)
 	set(SpanID, r.SpanID)
 	set(StreamName, r.Stream)
-	if _, said := f[ServiceName]; !said { // the program knows best what it is
-		set(ServiceName, r.Resource.Service)
+	if r.Resource != nil {
+		r.Resource.fields(f)
 	}
-	set(ContainerName, r.Resource.Container)
-	set(HostName, r.Resource.Node)
-	set(Namespace, r.Resource.Namespace)
-	set(PodName, r.Resource.Pod)
-	set(PodUID, r.Resource.PodUID)
-	set(KContainer, r.Resource.Container)
-	set(OrchNamespace, r.Resource.Namespace)
-	set(OrchCluster, r.Resource.Cluster)
+	set(ServiceName, r.Service) // the program knows best what it is
 	set(FilePath, r.Origin.Path)
 	if r.Origin.Path != "" {
 		f[FileOffset] = r.Origin.Offset
@@ -135,10 +148,36 @@ func (r *Record) Fields() map[string]any {
 	if r.TruncatedBytes > 0 {
 		f[TruncatedBytes] = r.TruncatedBytes
 	}
-	for k, v := range r.Resource.Labels {
+	return f
+}
+
+// fields adds the fields of the resource, but for a service name that is there.
+func (r *Resource) fields(f map[string]any) {
+	set := func(name, value string) {
+		if value != "" {
+			f[name] = value
+		}
+	}
+	if _, said := f[ServiceName]; !said {
+		set(ServiceName, r.Service)
+	}
+	set(ContainerName, r.Container)
+	set(ContainerID, r.ContainerID)
+	set(ImageName, r.Image)
+	set(HostName, r.Node)
+	set(Namespace, r.Namespace)
+	set(PodName, r.Pod)
+	set(PodUID, r.PodUID)
+	set(PodIP, r.PodIP)
+	set(KContainer, r.Container)
+	set(OrchNamespace, r.Namespace)
+	set(OrchCluster, r.Cluster)
+	if r.Workload != "" && r.WorkloadKind != "" {
+		set("kubernetes."+strings.ToLower(r.WorkloadKind)+".name", r.Workload)
+	}
+	for k, v := range r.Labels {
 		f["kubernetes.labels."+DedotKey(k)] = v
 	}
-	return f
 }
 
 // DedotKey makes a label key safe as one field name: dots and slashes become

@@ -26,7 +26,7 @@ func TestWorkload(t *testing.T) {
 func TestFieldsAreECS(t *testing.T) {
 	r := record.Record{
 		Time: time.Date(2026, 11, 23, 3, 0, 0, 5, time.UTC), Body: "card declined", Level: "warn", TraceID: "4bf92f3577b34da6a3ce929d0e0e4736",
-		Resource:   record.Resource{Namespace: "shop", Pod: "payments-0", Service: "payments", Labels: map[string]string{"app.kubernetes.io/name": "payments"}},
+		Resource:   &record.Resource{Namespace: "shop", Pod: "payments-0", Service: "payments", Labels: map[string]string{"app.kubernetes.io/name": "payments"}},
 		Attributes: map[string]any{"http.response.status_code": float64(402)},
 		Origin:     record.Origin{Path: "/var/log/pods/x/0.log", Offset: 12, End: 40},
 	}

@@ -13,16 +13,29 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
-// Output ships records to one backend. The pipeline calls Write from one
-// goroutine at a time. Close releases what the output holds; after it, Write is
-// not called.
+// Output ships records to one backend. The pipeline calls Write from at most
+// Traits().Concurrency goroutines at a time. Close releases what the output
+// holds; after it, Write is not called.
 type Output interface {
 	// Kind is the name in the configuration: store, elasticsearch, fluentd.
 	Kind() string
+	// Traits are constant and asked for once.
+	Traits() Traits
 	// Write makes one attempt to ship the batch. It returns when the backend has
 	// answered or ctx has ended. The batch is not changed and not kept.
 	Write(ctx context.Context, batch []*record.Record) Result
 	Close() error
+}
+
+// Traits say how an output wants to be called.
+type Traits struct {
+	// Concurrency is how many Writes it takes at a time; 0 means 1. With 1 the
+	// records of a stream arrive in order. The pipeline uses fewer while the backend
+	// is slow or asks to be spared.
+	Concurrency int
+	// MaxRecords and MaxBytes (of the lines) bound a batch further than the
+	// configuration does; 0 does not.
+	MaxRecords, MaxBytes int
 }
 
 // Result is the backend's verdict on a batch. The records that it does not name

@@ -36,7 +36,7 @@ type Outcome struct {
 }
 
 // Record fills r from its Body: Body, Level, TraceID, SpanID, Time, Attributes
-// and Resource.Service. Bytes that are not UTF-8 become U+FFFD, since no
+// and Service. Bytes that are not UTF-8 become U+FFFD, since no
 // backend takes them.
 func Record(r *record.Record) Outcome {
 	if !utf8.ValidString(r.Body) {
@@ -139,7 +139,7 @@ func structured(r *record.Record, object map[string]any) Outcome {
 		delete(fields, name)
 	}
 	if name, s, ok := first(fields, "service.name"); ok {
-		r.Resource.Service = s
+		r.Service = s
 		delete(fields, name)
 	}
 	for _, name := range [...]string{"@timestamp", "time", "timestamp", "ts"} {

@@ -20,12 +20,9 @@ func TestRecord(t *testing.T) {
 	runtime := time.Date(2026, 11, 23, 3, 0, 0, 0, time.UTC)
 	f := func(line string, want record.Record, left int) {
 		t.Helper()
-		got := record.Record{Time: runtime, Body: line, Resource: record.Resource{Service: "cart"}}
+		got := record.Record{Time: runtime, Body: line}
 		if want.Time.IsZero() {
 			want.Time = runtime
-		}
-		if want.Resource.Service == "" {
-			want.Resource.Service = "cart"
 		}
 		out := parse.Record(&got)
 		if d := cmp.Diff(want, got); d != "" || out.Left != left {
@@ -36,7 +33,7 @@ func TestRecord(t *testing.T) {
 	f(`{"@timestamp":"2026-11-23T04:00:00.5+01:00","message":"card declined","log":{"level":"WARN"},"trace":{"id":"`+strings.ToUpper(trace)+`"},"span.id":"00f067aa0ba902b7","service":{"name":"payments","version":"2"},"http":{"response":{"status_code":402}},"tags":["a"],"empty":{}}`,
 		record.Record{
 			Time: runtime.Add(time.Second / 2), Body: "card declined", Level: "warn", TraceID: trace, SpanID: "00f067aa0ba902b7",
-			Resource:   record.Resource{Service: "payments"},
+			Service:    "payments",
 			Attributes: attrs{"service.version": "2", "http.response.status_code": 402.0, "tags": []any{"a"}, "empty": attrs{}},
 		}, 0)
 	f(`{"time":"2026-11-23T02:00:00Z","level":30,"msg":"pino","traceId":"`+trace+`"}`, record.Record{Time: runtime.Add(-time.Hour), Body: "pino", Level: "info", TraceID: trace}, 0)

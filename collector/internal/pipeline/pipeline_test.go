@@ -43,8 +43,9 @@ type attempt struct {
 	size int
 }
 
-func (*backend) Kind() string { return "fake" }
-func (*backend) Close() error { return nil }
+func (*backend) Kind() string          { return "fake" }
+func (*backend) Traits() output.Traits { return output.Traits{} }
+func (*backend) Close() error          { return nil }
 
 func (b *backend) Write(_ context.Context, batch []*record.Record) output.Result {
 	b.mu.Lock()
@@ -648,5 +649,6 @@ func BenchmarkPipeline(b *testing.B) {
 type discard struct{}
 
 func (discard) Kind() string                                              { return "discard" }
+func (discard) Traits() output.Traits                                     { return output.Traits{} }
 func (discard) Close() error                                              { return nil }
 func (discard) Write(context.Context, []*record.Record) (r output.Result) { return r }

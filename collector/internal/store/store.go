@@ -290,6 +290,10 @@ func (s *Store) row(now time.Time, index int, r *record.Record) (row, string) {
 	case t.After(now.Add(maxAhead)):
 		return row{}, fmt.Sprintf("its time %s is more than %s in the future: check the clock of the program that wrote it", t.Format(time.RFC3339), maxAhead)
 	}
+	from := r.Resource
+	if from == nil {
+		from = &record.Resource{}
+	}
 	fields := r.Fields()
 	line, err := encode(fields)
 	if err != nil {
@@ -297,7 +301,7 @@ func (s *Store) row(now time.Time, index int, r *record.Record) (row, string) {
 	}
 	return row{
 		index: index, time: t, file: r.Origin.File, offset: r.Origin.Offset, line: line, fields: fields, terms: query.Terms(fields),
-		service: str(fields[record.ServiceName]), namespace: r.Resource.Namespace, pod: r.Resource.Pod,
+		service: str(fields[record.ServiceName]), namespace: from.Namespace, pod: from.Pod,
 		level: r.Level, trace: r.TraceID, dataset: str(fields[record.EventDataset]),
 	}, ""
 }

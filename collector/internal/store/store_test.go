@@ -52,7 +52,7 @@ func open(t testing.TB, cfg Config) *Store {
 func line(at time.Time, file string, offset int, service, body string, attributes map[string]any) *record.Record {
 	return &record.Record{
 		Time: at, Observed: at, Body: body, Level: "info",
-		Resource:   record.Resource{Namespace: "shop", Pod: service + "-0", Service: service},
+		Resource:   &record.Resource{Namespace: "shop", Pod: service + "-0", Service: service},
 		Attributes: attributes,
 		Origin:     record.Origin{File: file, Path: "/var/log/pods/" + file, Offset: int64(offset), End: int64(offset) + 1},
 	}

@@ -124,7 +124,7 @@ type Follower struct {
 // containerLog is all generations of one <restart>.log.
 type containerLog struct {
 	path     string // of the live file
-	resource record.Resource
+	resource *record.Resource
 	gens     []*generation // oldest first
 	joiner   cri.Joiner
 	budget   int // bytes left of its turn
@@ -504,14 +504,14 @@ func (f *Follower) remove(l *containerLog, g *generation) {
 }
 
 // resource is what the path of a live file says of where it comes from.
-func (f *Follower) resource(path string) record.Resource {
+func (f *Follower) resource(path string) *record.Resource {
 	container := filepath.Dir(path)
 	pod := strings.SplitN(filepath.Base(filepath.Dir(container)), "_", 3)
 	restart, err := strconv.Atoi(strings.TrimSuffix(filepath.Base(path), ".log"))
 	if err != nil { // more digits than an int has
 		restart = -1
 	}
-	r := record.Resource{Cluster: f.cfg.Cluster, Node: f.cfg.Node, Container: filepath.Base(container), Restart: restart}
+	r := &record.Resource{Cluster: f.cfg.Cluster, Node: f.cfg.Node, Container: filepath.Base(container), Restart: restart}
 	if len(pod) == 3 {
 		r.Namespace, r.Pod, r.PodUID, r.Service = pod[0], pod[1], pod[2], record.Workload(pod[1])
 	}

@@ -104,7 +104,7 @@ func batch(n int) []*record.Record {
 	for i := range n {
 		out = append(out, &record.Record{
 			Time: time.Date(2026, 11, 23, 3, 0, 0, 5, time.UTC), Body: fmt.Sprint("line ", i), Level: "info",
-			Resource: record.Resource{Namespace: "shop", Pod: "payments-0", Service: "payments"},
+			Resource: &record.Resource{Namespace: "shop", Pod: "payments-0", Service: "payments"},
 			Origin:   record.Origin{File: "1:2:3", Path: "/p", Offset: int64(i * 10), End: int64(i*10 + 10)},
 		})
 	}

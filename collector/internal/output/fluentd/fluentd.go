@@ -54,6 +54,9 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 // Kind returns "fluentd".
 func (*Output) Kind() string { return "fluentd" }
 
+// Traits: one Write at a time.
+func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
+
 // Close closes the connection.
 func (o *Output) Close() error { return o.disconnect() }
 

@@ -184,7 +184,7 @@ func batch(n int) []*record.Record {
 	for i := range n {
 		out = append(out, &record.Record{
 			Time: time.Date(2026, 11, 23, 3, 0, 0, 5+i, time.UTC), Body: fmt.Sprint("line ", i), Stream: "stderr",
-			Resource: record.Resource{Namespace: "shop", Pod: "payments-0", Service: "payments.v2", Container: "app"},
+			Resource: &record.Resource{Namespace: "shop", Pod: "payments-0", Service: "payments.v2", Container: "app"},
 			Origin:   record.Origin{File: "f", Path: "/p", Offset: int64(i * 10)},
 		})
 	}
@@ -372,7 +372,7 @@ func TestTag(t *testing.T) {
 	f("kube", "kube")
 	f("kube.{namespace}.{service}", "kube.shop.payments_v2")
 	f("{stream}{pod}.{container}.{dataset}.x", "stderrpayments-0.app.outrigger_access.x")
-	r.Resource = record.Resource{}
+	r.Resource = &record.Resource{}
 	f("k.{namespace}", "k.unknown")
 }
 

@@ -24,6 +24,9 @@ func New(s *store.Store) *Output { return &Output{s} }
 // Kind returns "store".
 func (*Output) Kind() string { return "store" }
 
+// Traits: one Write at a time.
+func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
+
 // Write appends the batch. A full disk is an error of the attempt, not a
 // permanent one: the pipeline keeps the records in their files and goes on when
 // there is space.
