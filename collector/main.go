@@ -8,6 +8,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -207,7 +208,7 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		}
 		p.closers = append(p.closers, out.Close)
 		pl, err := pipeline.New(pipeline.Config{
-			Name: name, Folder: filepath.Clean(c.Logs.Folder), DataDir: c.DataDir, Cluster: c.Cluster, Node: node,
+			Name: name, Tail: following(c, node, name), DataDir: c.DataDir,
 			MaxRecords: c.Logs.Batch.MaxRecords, MaxBytes: c.Logs.Batch.MaxBytes, Linger: c.Logs.Batch.Linger, InFlight: c.Logs.InFlight,
 		}, out, p.log, metrics, tailMetrics)
 		if err != nil {
@@ -216,6 +217,24 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		p.pipelines = append(p.pipelines, pl)
 	}
 	return search, nil
+}
+
+// following is what an output's pipeline follows. Each has a spool of its own.
+func following(c *config.Config, node, output string) tail.Config {
+	t := tail.Config{
+		Folder: filepath.Clean(c.Logs.Folder), Cluster: c.Cluster, Node: node,
+		Linked: c.Logs.LinkedFolders, MaxDeleted: c.Logs.SpoolBytes,
+	}
+	if c.Logs.Spool != "" {
+		t.Spool = filepath.Join(c.Logs.Spool, output)
+	}
+	for _, f := range c.Logs.Files {
+		service := cmp.Or(f.Service, f.Name)
+		t.Files = append(t.Files, tail.Files{
+			Patterns: f.Paths, Format: tail.Format(cmp.Or(f.Format, "text")), Resource: record.Resource{Service: service},
+		})
+	}
+	return t
 }
 
 // measure makes what reads metrics and what shows and sends them.

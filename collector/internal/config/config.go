@@ -7,9 +7,14 @@
 //	node: worker-3                    # host.name; default $NODE_NAME, or the host's name
 //	logs:
 //	  folder: /var/log/pods           # default
+//	  linkedFolders: [/var/lib/docker/containers] # into which symbolic links may lead; default none
+//	  spool: /var/log/outrigger       # second names of files that are not settled; same file system as folder
+//	  spoolBytes: 1073741824          # unread bytes of deleted files that are kept
+//	  files:                          # single files beside the containers' logs
+//	  - {name: nginx, paths: [/var/log/nginx/*.log], service: nginx, format: text}
 //	  outputs: [local, es]            # names from outputs below; each gets every line
-//	  batch: {maxRecords: 1000, maxBytes: 1048576, linger: 200ms}
-//	  inFlight: 4096                  # records of one output read and not acknowledged
+//	  batch: {maxRecords: 2000, maxBytes: 1048576, linger: 200ms}
+//	  inFlight: 16384                 # records of one output read and not acknowledged
 //	metrics:
 //	  host: true                      # CPU, memory, disk, network of the node; default false
 //	  hostRoot: /                     # where the node's file system is mounted
@@ -33,6 +38,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -74,10 +80,22 @@ type Config struct {
 
 // Logs says which logs are read and where they go.
 type Logs struct {
-	Folder   string   `yaml:"folder"`
-	Outputs  []string `yaml:"outputs"`
-	Batch    Batch    `yaml:"batch"`
-	InFlight int      `yaml:"inFlight"`
+	Folder        string   `yaml:"folder"`
+	LinkedFolders []string `yaml:"linkedFolders"`
+	Spool         string   `yaml:"spool"`
+	SpoolBytes    int64    `yaml:"spoolBytes"`
+	Files         []Files  `yaml:"files"`
+	Outputs       []string `yaml:"outputs"`
+	Batch         Batch    `yaml:"batch"`
+	InFlight      int      `yaml:"inFlight"`
+}
+
+// Files are single files that are read.
+type Files struct {
+	Name    string   `yaml:"name"`
+	Paths   []string `yaml:"paths"`
+	Service string   `yaml:"service"` // service.name; default the name
+	Format  string   `yaml:"format"`  // text (default), cri or docker
 }
 
 // Batch bounds what an output gets at once. Zero is the default.
@@ -252,6 +270,7 @@ func (c *Config) validate() error {
 		within("logs.batch.maxRecords", l.Batch.MaxRecords, maxBatch)
 		within("logs.batch.maxBytes", l.Batch.MaxBytes, maxBatchBytes)
 		within("logs.inFlight", l.InFlight, maxInFlight)
+		l.validate(bad)
 		if l.Batch.Linger < 0 || l.Batch.Linger > maxLinger {
 			bad("logs.batch.linger: %s is not between 0s and %s", l.Batch.Linger, maxLinger)
 		}
@@ -269,6 +288,47 @@ func (c *Config) validate() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (l *Logs) validate(bad func(format string, args ...any)) {
+	folder := func(field, value string) {
+		if value != "" && !filepath.IsAbs(value) {
+			bad("%s: %q is not an absolute path; write for example /var/log/outrigger", field, value)
+		}
+	}
+	folder("logs.spool", l.Spool)
+	if rel, err := filepath.Rel(l.Folder, l.Spool); l.Spool != "" && err == nil && rel != ".." && !strings.HasPrefix(rel, "../") {
+		bad("logs.spool: %q lies in logs.folder, so that what is kept would be read as logs; write a folder beside it", l.Spool)
+	}
+	if l.SpoolBytes < 0 {
+		bad("logs.spoolBytes: %d is negative; leave it out for 1 GiB", l.SpoolBytes)
+	}
+	for i, f := range l.LinkedFolders {
+		folder(fmt.Sprintf("logs.linkedFolders[%d]", i), f)
+	}
+	seen := map[string]bool{}
+	for i, f := range l.Files {
+		field := fmt.Sprintf("logs.files[%d]", i)
+		switch {
+		case !outputName.MatchString(f.Name):
+			bad("%s.name: %q; write lower-case letters, digits and '-'", field, f.Name)
+		case seen[f.Name]:
+			bad("%s.name: %q is there twice; write another", field, f.Name)
+		}
+		seen[f.Name] = true
+		if len(f.Paths) == 0 {
+			bad("%s.paths is empty; write at least one, for example /var/log/nginx/*.log", field)
+		}
+		for j, p := range f.Paths {
+			folder(fmt.Sprintf("%s.paths[%d]", field, j), p)
+			if _, err := filepath.Match(p, ""); err != nil {
+				bad("%s.paths[%d]: %q is not a pattern: %w", field, j, p, err)
+			}
+		}
+		if !slices.Contains([]string{"", "text", "cri", "docker"}, f.Format) {
+			bad("%s.format: %q is not known; write text, cri or docker", field, f.Format)
+		}
+	}
 }
 
 func (o Output) validate() error {

@@ -81,6 +81,12 @@ func (j *Joiner) Flush(s Stream) (Joined, bool) {
 	return out, true
 }
 
+// Passes reports whether l would come back from Add at once and unchanged, so
+// that the caller need not ask.
+func (j *Joiner) Passes(l Line) bool {
+	return !l.Partial && len(j.open[l.Stream].spans) == 0 && len(l.Text) <= record.MaxBody
+}
+
 // Open reports whether a line is waiting for its end.
 func (j *Joiner) Open() bool { return len(j.open[Stdout].spans)+len(j.open[Stderr].spans) > 0 }
 

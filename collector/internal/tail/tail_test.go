@@ -406,7 +406,7 @@ func TestNotRead(t *testing.T) {
 	n.raw("shop_cart-7d9c8b5f6d-x2vzq_u1/app/notes.txt", "x\n")
 	n.raw("README/x/0.log", "x\n")
 	n.want("1")
-	for reason, want := range map[string]float64{"gzip": 1, "not_a_log": 2, "not_a_pod": 1} {
+	for reason, want := range map[string]float64{"damaged_gzip": 1, "not_a_log": 2, "not_a_pod": 1} {
 		if got := testutil.ToFloat64(n.metrics.Skipped.WithLabelValues(reason)); got != want {
 			t.Errorf("skipped as %s: %v; want %v", reason, got, want)
 		}

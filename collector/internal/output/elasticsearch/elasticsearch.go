@@ -85,7 +85,7 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 // Kind returns "elasticsearch".
 func (*Output) Kind() string { return "elasticsearch" }
 
-// Traits: one Write at a time.
+// Traits say that there is one Write at a time.
 func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
 
 // Close closes the idle connections.

@@ -54,7 +54,7 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 // Kind returns "fluentd".
 func (*Output) Kind() string { return "fluentd" }
 
-// Traits: one Write at a time.
+// Traits say that there is one Write at a time.
 func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
 
 // Close closes the connection.
