@@ -49,6 +49,7 @@ type settings struct {
 	program.Flags
 	config string
 	check  bool
+	reload time.Duration
 }
 
 func parse(args []string, stdout, stderr io.Writer) (settings, error) {
@@ -57,6 +58,7 @@ func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	f.SetOutput(stderr)
 	f.StringVar(&s.config, "config", "", "configuration file in YAML (required)")
 	f.BoolVar(&s.check, "check", false, "check the configuration and end; exit code 1 if something is wrong with it")
+	f.DurationVar(&s.reload, "reload", 5*time.Second, "how often the configuration file is read again, to be applied when it has changed; 0 is never")
 	s.Register(f)
 	if err := s.Parse(f, args, stdout); err != nil {
 		return s, err
@@ -98,16 +100,12 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	log := s.Log("collector", stderr).With(record.HostName, node)
-	for _, name := range c.Unused() {
-		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
-	}
-	p, err := assemble(ctx, c, node, log)
+	p, err := assemble(ctx, c, node, log, nil)
 	if err != nil {
 		return errors.Join(err, p.close())
 	}
 	log.Info("collector starts", "service.version", program.Version(), "outrigger.admin_address", p.admin.Addr().String())
-	err = p.run(ctx)
-	err = errors.Join(err, p.close())
+	err = runAndReload(ctx, s, c, p, node, log)
 	log.Info("collector stopped")
 	return err
 }
@@ -131,6 +129,7 @@ func nodeName(c *config.Config) (string, error) {
 // ask for are nil.
 type parts struct {
 	log       *slog.Logger
+	registry  *prometheus.Registry
 	admin     net.Listener
 	expose    net.Listener
 	window    http.Handler
@@ -145,7 +144,10 @@ type parts struct {
 // assemble makes all parts and binds all ports, so that whatever can fail fails
 // before the first line is read. Where it fails, the parts have what is to be
 // closed.
-func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger) (*parts, error) {
+func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger, extra []prometheus.Collector) (*parts, error) {
+	for _, name := range c.Unused() {
+		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
+	}
 	p := &parts{log: log}
 	var err error
 	if p.admin, err = p.bind(program.ListenLoopback(ctx, "admin:", c.Admin)); err != nil {
@@ -155,6 +157,8 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 		return p, err
 	}
 	registry := program.Registry()
+	registry.MustRegister(extra...)
+	p.registry = registry
 	var search http.Handler
 	if c.Logs != nil {
 		if search, err = p.logs(c, node, registry); err != nil {
@@ -170,6 +174,7 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 		Log: log, Gatherer: registry, Store: search,
 		Ready: func() error { return ready(c) },
 		Audit: func() any { return p.audit() },
+		Why:   func() any { return p.why() },
 	})
 	return p, nil
 }
@@ -369,6 +374,18 @@ func (p *parts) audit() any {
 	}{time.Now().UTC(), []pipeline.Audit{}}
 	for _, pl := range p.pipelines {
 		out.Outputs = append(out.Outputs, pl.Audit())
+	}
+	return out
+}
+
+// why is the answer of /api/v1/why.
+func (p *parts) why() any {
+	out := struct {
+		Time    time.Time         `json:"time"`
+		Reasons []pipeline.Reason `json:"reasons"`
+	}{time.Now().UTC(), []pipeline.Reason{}}
+	for _, pl := range p.pipelines {
+		out.Reasons = append(out.Reasons, pl.Why()...)
 	}
 	return out
 }
