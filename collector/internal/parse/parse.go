@@ -28,6 +28,9 @@ const MaxDepth = 16
 // Outcome says how a line was understood.
 type Outcome struct {
 	Structured bool
+	// Failed says that the line is not what its parser was made for. It stays
+	// whole in the body.
+	Failed bool
 	// Left is the number of fields that were not lifted into attributes, because
 	// there were more than record.MaxAttributes, the name was longer than
 	// record.MaxName, or two fields had one name. The body is then the whole
