@@ -4,38 +4,10 @@ import (
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
-	"github.com/outrigger-mesh/outrigger/collector/internal/parse"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
-
-// Rules decide on the records of one output (package rules).
-type Rules interface {
-	// For returns what is to be done with the records of a container. It is asked
-	// once for each Resource, by one goroutine.
-	For(*record.Resource) Program
-}
-
-// Program is what is done with the records of one container. It is used by one goroutine.
-type Program interface {
-	// Policy is how the container's lines are read.
-	Policy() tail.Policy
-	// Apply parses the record, changes it, and decides.
-	Apply(*record.Record) Verdict
-	// Problems are what an annotation says that is not understood.
-	Problems() []string
-}
-
-// Verdict is the decision on a record.
-type Verdict struct {
-	// Cause is ledger.Acknowledged for a record that is to be sent; else why it is not.
-	Cause ledger.Cause
-	// Rule that dropped it.
-	Rule string
-	// FieldsLeft were not lifted out of a structured body; see package parse.
-	FieldsLeft  int
-	ParseFailed bool
-}
 
 // Meter adds up what records cost (package cost). It is safe for concurrent use.
 type Meter interface {
@@ -60,10 +32,10 @@ func (b *batch) reset() {
 type reading struct {
 	current  *batch
 	dropped  []tail.Entry
-	verdicts []Verdict
-	programs map[*record.Resource]Program
+	verdicts []rules.Verdict
+	programs map[*record.Resource]*rules.Program
 	resource *record.Resource // of the last record
-	program  Program
+	program  *rules.Program
 }
 
 // maxPrograms are kept. Resources are replaced when the API knows more, and old ones
@@ -71,10 +43,7 @@ type reading struct {
 const maxPrograms = 8192
 
 // programOf returns what is to be done with the records of a container.
-func (p *Pipeline) programOf(r *record.Resource) Program {
-	if p.cfg.Rules == nil {
-		return plain{}
-	}
+func (p *Pipeline) programOf(r *record.Resource) *rules.Program {
 	s := &p.reading
 	if s.resource == r && s.program != nil {
 		return s.program
@@ -88,7 +57,7 @@ func (p *Pipeline) programOf(r *record.Resource) Program {
 		s.programs[r] = program
 		for _, problem := range program.Problems() {
 			p.metrics.problems.WithLabelValues(p.cfg.Name).Inc()
-			p.log.Warn("an annotation or a rule is not understood; it is left out", record.Namespace, r.Namespace, record.PodName, r.Pod,
+			p.log.Warn("an annotation is not understood; it is left out", record.Namespace, r.Namespace, record.PodName, r.Pod,
 				record.KContainer, r.Container, "error.message", problem)
 		}
 	}
@@ -96,17 +65,15 @@ func (p *Pipeline) programOf(r *record.Resource) Program {
 	return program
 }
 
-func (p *Pipeline) policy(r *record.Resource) tail.Policy { return p.programOf(r).Policy() }
-
-// plain parses, and keeps all.
-type plain struct{}
-
-func (plain) Policy() tail.Policy { return tail.Policy{} }
-func (plain) Problems() []string  { return nil }
-func (plain) Apply(r *record.Record) Verdict {
-	out := parse.Record(r)
-	return Verdict{FieldsLeft: out.Left}
+// policy is how a container's lines are read.
+func (p *Pipeline) policy(r *record.Resource) tail.Policy {
+	program := p.programOf(r)
+	lines := program.Multiline()
+	return tail.Policy{Off: program.Off(), Grouper: func() tail.Grouper { g := lines.Grouper(); return &g }}
 }
+
+// causes of the rules, as the ledger calls them.
+var causes = [...]ledger.Cause{rules.Keep: ledger.Acknowledged, rules.ByRule: ledger.ByRule, rules.ByQuota: ledger.ByQuota, rules.Routed: ledger.Routed}
 
 // take puts a record into the batch, or among the dropped. It returns whether there is
 // credit for another.
@@ -119,11 +86,17 @@ func (p *Pipeline) take(e tail.Entry) bool {
 		p.metrics.parseFailed.WithLabelValues(p.cfg.Name).Inc()
 	}
 	n := cost(e)
+	if v.Redacted > 0 {
+		p.metrics.redacted.WithLabelValues(p.cfg.Name).Add(float64(v.Redacted))
+	}
 	if p.cfg.Meter != nil {
-		p.cfg.Meter.Add(e.Record, n, v.Cause != ledger.Acknowledged)
+		p.cfg.Meter.Add(e.Record, n, v.Cause != rules.Keep)
 	}
 	s := &p.reading
-	if v.Cause != ledger.Acknowledged {
+	if v.Cause == rules.Keep && v.Rule != "" { // a quota that only warns
+		p.metrics.warned.WithLabelValues(p.cfg.Name, v.Rule).Inc()
+	}
+	if v.Cause != rules.Keep {
 		s.dropped, s.verdicts = append(s.dropped, e), append(s.verdicts, v)
 		if len(s.dropped) >= p.cfg.MaxRecords {
 			p.settleDropped()
@@ -181,10 +154,11 @@ func (p *Pipeline) settleDropped() {
 		for j < len(s.dropped) && s.verdicts[j].Cause == s.verdicts[i].Cause && s.verdicts[j].Rule == s.verdicts[i].Rule {
 			j++
 		}
-		p.book.settle(s.dropped[i:j], s.verdicts[i].Cause)
+		cause := causes[s.verdicts[i].Cause]
+		p.book.settle(s.dropped[i:j], cause)
 		p.metrics.ruled.WithLabelValues(p.cfg.Name, s.verdicts[i].Rule).Add(float64(j - i))
 		for _, e := range s.dropped[i:j] {
-			p.why.note(e.Record, s.verdicts[i].Cause, s.verdicts[i].Rule, cost(e))
+			p.why.note(e.Record, cause, s.verdicts[i].Rule, cost(e))
 		}
 		i = j
 	}

@@ -10,9 +10,9 @@ import (
 
 // Metrics of all Pipelines of a process.
 type Metrics struct {
-	records, bytes, dropped, droppedBytes, retries, deadLetters, problems, ruled, parseFailed *prometheus.CounterVec
-	pending, inFlight, breaker, concurrency                                                   *prometheus.GaugeVec
-	fieldsLeft, checkpointErrors, damaged                                                     prometheus.Counter
+	records, bytes, dropped, droppedBytes, retries, deadLetters, problems, ruled, parseFailed, redacted, warned *prometheus.CounterVec
+	pending, inFlight, breaker, concurrency                                                                     *prometheus.GaugeVec
+	fieldsLeft, checkpointErrors, damaged                                                                       prometheus.Counter
 }
 
 // NewMetrics registers the metrics.
@@ -43,6 +43,8 @@ func NewMetrics(reg prometheus.Registerer) (*Metrics, error) {
 		problems:         counter("outrigger_log_annotation_problems_total", "Annotations of pods that are not understood and left out.", "output"),
 		ruled:            counter("outrigger_log_rule_drops_total", "Records that a rule, an annotation or a quota dropped or sent elsewhere.", "output", "rule"),
 		parseFailed:      counter("outrigger_log_parse_failures_total", "Records that are not in the format that a rule or an annotation says. They are shipped whole.", "output"),
+		redacted:         counter("outrigger_log_redacted_total", "Secrets that rules replaced in records.", "output"),
+		warned:           counter("outrigger_log_quota_exceeded_total", "Records over a quota whose action is to warn. They are shipped.", "output", "quota"),
 		concurrency:      gauge("outrigger_output_concurrency", "Attempts that may be under way at a time; fewer while the backend is busy or away."),
 		pending:          gauge("outrigger_log_pending_bytes", "Bytes of log files that are written and neither acknowledged nor dropped."),
 		inFlight:         gauge("outrigger_log_in_flight_records", "Records that were read and are not settled."),

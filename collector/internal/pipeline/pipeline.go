@@ -29,6 +29,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -38,8 +39,9 @@ type Config struct {
 	Name    string      // of the output, as the user calls it
 	Tail    tail.Config // what is followed; the pipeline adds the policy
 	DataDir string      // checkpoints and dead letters
-	// Rules decide on every record. Nil parses and keeps all.
-	Rules Rules
+	// Rules decide on every record. Nil is an empty configuration's: parse, join
+	// stack traces, keep all.
+	Rules *rules.Set
 	// Meter, if there is one, is told of every record.
 	Meter Meter
 
@@ -136,6 +138,12 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 		cfg.MaxBytes = min(cfg.MaxBytes, n)
 	}
 	log = log.With("outrigger.output", cfg.Name)
+	if cfg.Rules == nil {
+		var err error
+		if cfg.Rules, err = rules.Compile(rules.Config{}, cfg.Name, []string{cfg.Name}); err != nil {
+			return nil, err
+		}
+	}
 	if err := os.MkdirAll(cfg.DataDir, 0o750); err != nil {
 		return nil, fmt.Errorf("dataDir %s cannot be made: %w; name a folder that this user may write to", cfg.DataDir, err)
 	}
@@ -180,7 +188,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 			hints = h
 		}
 	}
-	p.reading.programs = map[*record.Resource]Program{}
+	p.reading.programs = map[*record.Resource]*rules.Program{}
 	tc := p.cfg.Tail
 	tc.Policy = p.policy
 	f := tail.New(tc, p.book, p.log, p.tailM)
