@@ -29,6 +29,8 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/admin"
 	"github.com/outrigger-mesh/outrigger/collector/internal/config"
 	"github.com/outrigger-mesh/outrigger/collector/internal/hostmetrics"
+	"github.com/outrigger-mesh/outrigger/collector/internal/kube"
+	"github.com/outrigger-mesh/outrigger/collector/internal/metadata"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
@@ -135,6 +137,7 @@ type parts struct {
 	window    http.Handler
 	metrics   *exposition.Exposition
 	pipelines []*pipeline.Pipeline
+	metadata  *metadata.Store
 	scraper   *scrape.Scraper
 	sinks     []*influxdb.Sink
 	// closers in the order in which they were made.
@@ -159,6 +162,11 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 	registry := program.Registry()
 	registry.MustRegister(extra...)
 	p.registry = registry
+	if c.Kubernetes != nil {
+		if err := p.kubernetes(c, node); err != nil {
+			return p, err
+		}
+	}
 	var search http.Handler
 	if c.Logs != nil {
 		if search, err = p.logs(c, node, registry); err != nil {
@@ -213,7 +221,7 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		}
 		p.closers = append(p.closers, out.Close)
 		pl, err := pipeline.New(pipeline.Config{
-			Name: name, Tail: following(c, node, name), DataDir: c.DataDir,
+			Name: name, Tail: p.following(c, node, name), DataDir: c.DataDir,
 			MaxRecords: c.Logs.Batch.MaxRecords, MaxBytes: c.Logs.Batch.MaxBytes, Linger: c.Logs.Batch.Linger, InFlight: c.Logs.InFlight,
 		}, out, p.log, metrics, tailMetrics)
 		if err != nil {
@@ -224,11 +232,54 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 	return search, nil
 }
 
+// kubernetes makes what knows the node's pods.
+func (p *parts) kubernetes(c *config.Config, node string) error {
+	k := c.Kubernetes
+	m := metadata.Config{
+		Node: node, CacheFile: filepath.Join(c.DataDir, "metadata.json"), Log: p.log, Registerer: p.registry,
+		InUse: func(uid string) bool {
+			return slices.ContainsFunc(p.pipelines, func(pl *pipeline.Pipeline) bool { return pl.InUse(uid) })
+		},
+	}
+	client := func(field string, cfg kube.Config) (*kube.Client, error) {
+		cl, err := kube.New(cfg)
+		if err != nil {
+			return nil, fmt.Errorf("kubernetes.%s: %w", field, err)
+		}
+		p.closers = append(p.closers, func() error { cl.Close(); return nil })
+		return cl, nil
+	}
+	inside, ok := kube.InCluster(os.Getenv)
+	var err error
+	if k.Watch {
+		cfg := inside
+		if k.Server != "" {
+			cfg = kube.Config{Server: k.Server, CAFile: k.CAFile, TokenFile: k.TokenFile}
+		} else if !ok {
+			return errors.New("kubernetes.watch: this is no pod of a cluster, so there is no address of its API server; write kubernetes.server, or remove kubernetes")
+		}
+		if m.API, err = client("server", cfg); err != nil {
+			return err
+		}
+	}
+	if k.Kubelet != "" {
+		cfg := kube.Config{Server: k.Kubelet, CAFile: k.KubeletCAFile, Insecure: k.KubeletInsecure, TokenFile: cmp.Or(k.TokenFile, inside.TokenFile)}
+		if m.Kubelet, err = client("kubelet", cfg); err != nil {
+			return err
+		}
+	}
+	p.metadata, err = metadata.New(m)
+	return err
+}
+
 // following is what an output's pipeline follows. Each has a spool of its own.
-func following(c *config.Config, node, output string) tail.Config {
+func (p *parts) following(c *config.Config, node, output string) tail.Config {
 	t := tail.Config{
 		Folder: filepath.Clean(c.Logs.Folder), Cluster: c.Cluster, Node: node,
 		Linked: c.Logs.LinkedFolders, MaxDeleted: c.Logs.SpoolBytes,
+	}
+	if p.metadata != nil {
+		t.Resource, t.Generation, t.MetadataWait = p.metadata.Resource, p.metadata.Generation, c.Kubernetes.Wait
 	}
 	if c.Logs.Spool != "" {
 		t.Spool = filepath.Join(c.Logs.Spool, output)
@@ -341,6 +392,9 @@ func (p *parts) run(ctx context.Context) error {
 			results <- err
 			return err
 		})
+	}
+	if p.metadata != nil {
+		add(p.metadata.Run)
 	}
 	if p.scraper != nil {
 		add(p.scraper.Run)

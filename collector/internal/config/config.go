@@ -15,6 +15,10 @@
 //	  outputs: [local, es]            # names from outputs below; each gets every line
 //	  batch: {maxRecords: 2000, maxBytes: 1048576, linger: 200ms}
 //	  inFlight: 16384                 # records of one output read and not acknowledged
+//	kubernetes:                       # what the API knows of the node's pods; default none
+//	  watch: true                     # one watch of this node's pods, one of namespaces
+//	  kubelet: https://10.0.0.5:10250 # asked for pods that the watch does not know yet; default none
+//	  kubeletCAFile: /etc/kubelet-ca.crt
 //	metrics:
 //	  host: true                      # CPU, memory, disk, network of the node; default false
 //	  hostRoot: /                     # where the node's file system is mounted
@@ -38,6 +42,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/url"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -69,13 +74,15 @@ const (
 
 // Config is the whole file.
 type Config struct {
-	Admin   string            `yaml:"admin"`
-	DataDir string            `yaml:"dataDir"`
-	Cluster string            `yaml:"cluster"`
-	Node    string            `yaml:"node"`
-	Logs    *Logs             `yaml:"logs"`
-	Metrics *Metrics          `yaml:"metrics"`
-	Outputs map[string]Output `yaml:"outputs"`
+	Admin   string   `yaml:"admin"`
+	DataDir string   `yaml:"dataDir"`
+	Cluster string   `yaml:"cluster"`
+	Node    string   `yaml:"node"`
+	Logs    *Logs    `yaml:"logs"`
+	Metrics *Metrics `yaml:"metrics"`
+	// Kubernetes is what is asked of the cluster; nil asks nothing.
+	Kubernetes *Kubernetes       `yaml:"kubernetes"`
+	Outputs    map[string]Output `yaml:"outputs"`
 }
 
 // Logs says which logs are read and where they go.
@@ -88,6 +95,23 @@ type Logs struct {
 	Outputs       []string `yaml:"outputs"`
 	Batch         Batch    `yaml:"batch"`
 	InFlight      int      `yaml:"inFlight"`
+}
+
+// Kubernetes says whom to ask what is known of pods.
+type Kubernetes struct {
+	// Watch the pods of this node and the namespaces at the API server. The address
+	// and the token are those that Kubernetes gives every pod, unless Server says another.
+	Watch     bool   `yaml:"watch"`
+	Server    string `yaml:"server"`
+	CAFile    string `yaml:"caFile"`
+	TokenFile string `yaml:"tokenFile"`
+	// Kubelet of this node, as https://10.0.0.5:10250. Needs the right to get
+	// nodes/pods (before Kubernetes 1.33: nodes/proxy, which is much more).
+	Kubelet         string `yaml:"kubelet"`
+	KubeletCAFile   string `yaml:"kubeletCAFile"`
+	KubeletInsecure bool   `yaml:"kubeletInsecure"` // its certificate is not checked
+	// Wait is how long the lines of a new pod wait for what is known of it. Default 5s.
+	Wait time.Duration `yaml:"wait"`
 }
 
 // Files are single files that are read.
@@ -255,6 +279,19 @@ func (c *Config) validate() error {
 				bad("%s: output %q is there twice; remove one", field, name)
 			}
 			seen[name] = true
+		}
+	}
+	if k := c.Kubernetes; k != nil {
+		for field, value := range map[string]string{"kubernetes.server": k.Server, "kubernetes.kubelet": k.Kubelet} {
+			if u, err := url.Parse(value); value != "" && (err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http") {
+				bad("%s: %q is not an address; write https://host:port", field, value)
+			}
+		}
+		if !k.Watch && k.Kubelet == "" {
+			bad("kubernetes: neither watch nor kubelet is there, so nobody would be asked; write watch: true, or remove kubernetes")
+		}
+		if k.Wait < 0 || k.Wait > time.Minute {
+			bad("kubernetes.wait: %s is not between 0s and 1m0s", k.Wait)
 		}
 	}
 	if l := c.Logs; l != nil {

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -322,6 +323,12 @@ func (p *Pipeline) Audit() Audit {
 		Output: p.cfg.Name, Kind: p.out.Kind(), Breaker: p.breaker.state(),
 		Total: p.book.l.Total(), Deleted: p.book.l.Past(), Files: p.book.l.Files(), Rows: p.book.l.Rows(),
 	}
+}
+
+// InUse reports whether the account of a file of the pod with this UID is open.
+func (p *Pipeline) InUse(uid string) bool {
+	_, ok := p.book.Find(func(_, path string) bool { return strings.Contains(path, "_"+uid+"/") })
+	return ok
 }
 
 // Why returns what was dropped and rejected since the start, by owner and cause, with samples.

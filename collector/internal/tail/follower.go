@@ -191,6 +191,7 @@ type Follower struct {
 	round   int            // of full sweeps
 	swept   bool           // one sweep saw everything
 	noSpool bool           // links cannot be made here
+	linked  bool           // one could be made
 	missed  bool           // a full sweep found what no hint told of
 	buf     []byte
 	slab    slab

@@ -46,13 +46,15 @@ func (f *Follower) keep(l *containerLog, g *generation) {
 		// The path may have been given to another file meanwhile.
 		if info, err := os.Lstat(link); err == nil {
 			if dev, ino, err := numbers(info); err == nil && dev == g.dev && ino == g.ino {
-				g.link = link
+				g.link, f.linked = link, true
 				return
 			}
 		}
 		f.unlink(link)
 	case errors.Is(err, fs.ErrNotExist): // deleted meanwhile; the open file is all there is
-	case errors.Is(err, syscall.EXDEV), errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOTSUP), errors.Is(err, syscall.EMLINK):
+	case errors.Is(err, fs.ErrPermission) && f.linked, errors.Is(err, syscall.EMLINK):
+		f.metrics.Errors.WithLabelValues("link").Inc() // this one is not ours to link; others are
+	case errors.Is(err, syscall.EXDEV), errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOTSUP):
 		f.noSpool = true
 		f.metrics.Errors.WithLabelValues("link").Inc()
 		f.log.Warn("log files cannot be kept by a second name, so one that is deleted while the collector is away is lost; put logs.spool on the file system of the logs, into a folder that this user may write to",
