@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"math"
 	"runtime/debug"
 	"slices"
@@ -28,22 +27,38 @@ const (
 // seen. It is for one goroutine.
 type encoder struct {
 	metadata  []byte // `"@metadata":{...}`
-	fragments map[*record.Resource][]byte
+	fragments map[*record.Resource]shared
 	list      []field
+	stamp     []byte // what fields of the list point to
+	offset    int64
+	truncated int64
 	second    int64 // that prefix belongs to
 	prefix    []byte
 }
 
-// field of a document that is being nested.
+// field of a document that is being nested. Of two with one name the one with the
+// higher rank counts.
 type field struct {
 	name  string
-	value any
+	text  string // the value, where other is nil
+	other any
+	rank  int8
+}
+
+// null is a field's other value where that is null.
+type null struct{}
+
+// shared is what all records of a resource have in common, for the short way
+// encoded and for the long way not.
+type shared struct {
+	members []byte // each with a comma before it
+	fields  []field
 }
 
 func newEncoder(beat, version string) *encoder {
 	m := appendString([]byte(`"@metadata":{"beat":`), beat)
 	m = appendString(append(m, `,"type":"_doc","version":`...), version)
-	return &encoder{metadata: append(m, '}'), fragments: map[*record.Resource][]byte{}}
+	return &encoder{metadata: append(m, '}'), fragments: map[*record.Resource]shared{}}
 }
 
 // document appends the record. After an error b holds a part of it.
@@ -57,7 +72,7 @@ func (e *encoder) document(b []byte, r *record.Record) ([]byte, error) {
 	b = e.timestamp(b, r.Time)
 	b = append(b, `","message":`...)
 	b = appendString(b, r.Body)
-	b = append(b, e.fragment(r.Resource)...)
+	b = append(b, e.fragment(r.Resource).members...)
 	service := r.Service
 	if service == "" && r.Resource != nil {
 		service = r.Resource.Service
@@ -89,26 +104,29 @@ func appendMember(b []byte, before, value, after string) []byte {
 	return append(appendString(append(b, before...), value), after...)
 }
 
-// fragment returns the members that all records of a resource have in common, each
-// with a comma before it; but for the service's name, which a record may know
-// better. When too many are kept, all are forgotten: those in use come back at once.
-func (e *encoder) fragment(res *record.Resource) []byte {
+// fragment returns what all records of a resource have in common; but for the
+// service's name, which a record may know better. When too many are kept, all are
+// forgotten: those in use come back at once.
+func (e *encoder) fragment(res *record.Resource) shared {
 	if f, ok := e.fragments[res]; ok {
 		return f
 	}
 	if len(e.fragments) >= maxFragments {
 		clear(e.fragments)
 	}
-	var f []byte
+	var f shared
 	if res != nil {
 		r := record.Record{Resource: res}
-		fields := r.Fields()
-		for _, name := range []string{record.Timestamp, record.Message, record.ServiceName} {
-			delete(fields, name)
+		for name, value := range r.Fields() {
+			text, ok := value.(string)
+			if ok && name != record.Timestamp && name != record.Message && name != record.ServiceName {
+				f.fields = append(f.fields, field{name: name, text: text, rank: 1})
+			}
 		}
-		if len(fields) > 0 {
-			f, _ = e.nest([]byte{','}, fields) // all are texts
-			f = f[:len(f)-1]
+		if len(f.fields) > 0 {
+			e.list = append(e.list[:0], f.fields...)
+			f.members, _ = e.nest([]byte{','}) // all are texts
+			f.members = f.members[:len(f.members)-1]
 		}
 	}
 	e.fragments[res] = f
@@ -117,35 +135,96 @@ func (e *encoder) fragment(res *record.Resource) []byte {
 
 // structured goes the long way: attributes can have the names of other fields.
 func (e *encoder) structured(b []byte, r *record.Record) ([]byte, error) {
-	fields := r.Fields()
-	delete(fields, "@metadata") // ours
-	return e.nest(append(b, ','), fields)
-}
-
-// nest appends fields with dotted names as nested members, and closes the object.
-// What has a value and parts becomes an object with the value as "value". A name
-// with an empty part stays as it is.
-func (e *encoder) nest(b []byte, fields map[string]any) ([]byte, error) {
+	resource := e.fragment(r.Resource) // uses the list too
 	e.list = e.list[:0]
-	var err error
-	for _, name := range slices.Sorted(maps.Keys(fields)) {
-		if name == "" || strings.Contains(name, "..") || name[0] == '.' || name[len(name)-1] == '.' {
-			b = append(appendString(b, name), ':')
-			if b, err = appendValue(b, fields[name], 0); err != nil {
-				return b, fmt.Errorf("attribute %q: %w", shorten(name), err)
-			}
-			b = append(b, ',')
+	for name, value := range r.Attributes {
+		if name == "@metadata" { // ours
 			continue
 		}
-		e.list = append(e.list, field{name, fields[name]})
+		f := field{name: name}
+		switch v := value.(type) {
+		case string:
+			f.text = v
+		case nil:
+			f.other = null{}
+		default:
+			f.other = value
+		}
+		e.list = append(e.list, f)
 	}
+	e.list = append(e.list, resource.fields...)
+	e.stamp = e.timestamp(e.stamp[:0], r.Time)
+	e.list = append(e.list, field{name: record.Timestamp, other: &e.stamp, rank: 2}, field{name: record.Message, text: r.Body, rank: 2})
+	if r.Resource != nil {
+		e.text(record.ServiceName, r.Resource.Service, -1)
+	}
+	e.text(record.ServiceName, r.Service, 2)
+	e.text(record.LogLevel, r.Level, 2)
+	e.text(record.TraceID, r.TraceID, 2)
+	e.text(record.SpanID, r.SpanID, 2)
+	e.text(record.StreamName, r.Stream, 2)
+	if r.Origin.Path != "" {
+		e.text(record.FilePath, r.Origin.Path, 2)
+		e.offset = r.Origin.Offset
+		e.list = append(e.list, field{name: record.FileOffset, other: &e.offset, rank: 2})
+	}
+	if r.TruncatedBytes > 0 {
+		e.truncated = int64(r.TruncatedBytes)
+		e.list = append(e.list, field{name: record.TruncatedBytes, other: &e.truncated, rank: 2})
+	}
+	return e.nest(append(b, ','))
+}
+
+func (e *encoder) text(name, value string, rank int8) {
+	if value != "" {
+		e.list = append(e.list, field{name: name, text: value, rank: rank})
+	}
+}
+
+// nest appends the fields in e.list, whose names have dots, as nested members, and
+// closes the object. What has a value and parts becomes an object with the value as
+// "value". A name with an empty part stays as it is.
+func (e *encoder) nest(b []byte) ([]byte, error) {
 	// A name's parts must follow it at once: "a", "a.b", "a-b".
-	slices.SortFunc(e.list, func(x, y field) int { return compare(x.name, y.name) })
-	if b, err = members(b, e.list, 0); err != nil {
+	slices.SortFunc(e.list, func(x, y field) int { return cmp.Or(compare(x.name, y.name), cmp.Compare(y.rank, x.rank)) })
+	e.list = slices.CompactFunc(e.list, func(x, y field) bool { return x.name == y.name })
+	var err error
+	kept := e.list[:0]
+	for _, f := range e.list {
+		if name := f.name; name == "" || strings.Contains(name, "..") || name[0] == '.' || name[len(name)-1] == '.' {
+			if b, err = appendField(b, name, f); err != nil {
+				return b, err
+			}
+			continue
+		}
+		kept = append(kept, f)
+	}
+	if b, err = members(b, kept, 0); err != nil {
 		return b, err
 	}
-	clear(e.list)
+	clear(e.list[:cap(e.list)]) // keeps nothing of the record
 	return append(trimComma(b), '}'), nil
+}
+
+// appendField appends a member with a comma behind it.
+func appendField(b []byte, name string, f field) ([]byte, error) {
+	b = append(appendString(b, name), ':')
+	switch v := f.other.(type) {
+	case nil:
+		b = appendString(b, f.text)
+	case null:
+		b = append(b, "null"...)
+	case *int64:
+		b = strconv.AppendInt(b, *v, 10)
+	case *[]byte:
+		b = append(append(append(b, '"'), *v...), '"')
+	default:
+		var err error
+		if b, err = appendValue(b, v, 0); err != nil {
+			return b, fmt.Errorf("attribute %q: %w", shorten(f.name), err)
+		}
+	}
+	return append(b, ','), nil
 }
 
 func trimComma(b []byte) []byte {
@@ -184,23 +263,19 @@ func members(b []byte, list []field, skip int) ([]byte, error) {
 		for j < len(list) && strings.HasPrefix(list[j].name[skip:], part) && len(list[j].name) > end && list[j].name[end] == '.' {
 			j++
 		}
-		b = append(appendString(b, part), ':')
 		if !nested && j == i+1 {
-			if b, err = appendValue(b, list[i].value, 0); err != nil {
-				return b, fmt.Errorf("attribute %q: %w", shorten(list[i].name), err)
+			if b, err = appendField(b, part, list[i]); err != nil {
+				return b, err
 			}
-			b = append(b, ',')
 			i = j
 			continue
 		}
-		b = append(b, '{')
+		b = append(appendString(b, part), ':', '{')
 		inner := list[i:j]
 		if !nested {
-			b = append(appendString(b, valueName(inner[1:], end+1)), ':')
-			if b, err = appendValue(b, inner[0].value, 0); err != nil {
-				return b, fmt.Errorf("attribute %q: %w", shorten(inner[0].name), err)
+			if b, err = appendField(b, valueName(inner[1:], end+1), inner[0]); err != nil {
+				return b, err
 			}
-			b = append(b, ',')
 			inner = inner[1:]
 		}
 		if b, err = members(b, inner, end+1); err != nil {
@@ -250,13 +325,21 @@ func (e *encoder) timestamp(b []byte, t time.Time) []byte {
 
 const hexDigits = "0123456789abcdef"
 
+// plainByte says which bytes need no second look in a JSON string.
+var plainByte = func() (t [256]bool) {
+	for c := ' '; c < utf8.RuneSelf; c++ {
+		t[c] = c != '"' && c != '\\'
+	}
+	return t
+}()
+
 // appendString appends a JSON string. What is not UTF-8 becomes U+FFFD.
 func appendString(b []byte, s string) []byte {
 	b = append(b, '"')
 	start := 0
 	for i := 0; i < len(s); {
 		c := s[i]
-		if c >= ' ' && c != '"' && c != '\\' && c < utf8.RuneSelf {
+		if plainByte[c] {
 			i++
 			continue
 		}

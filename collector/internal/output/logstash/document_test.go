@@ -2,6 +2,7 @@ package logstash
 
 import (
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -24,7 +25,15 @@ func TestNesting(t *testing.T) {
 	e := newEncoder("b", "v")
 	f := func(fields map[string]any, want string) {
 		t.Helper()
-		got, err := e.nest([]byte("{"), fields)
+		e.list = e.list[:0]
+		for name, v := range fields {
+			f := field{name: name, other: v}
+			if v == nil {
+				f.other = null{}
+			}
+			e.list = append(e.list, f)
+		}
+		got, err := e.nest([]byte("{"))
 		if err != nil || string(got) != want {
 			t.Errorf("%v = %s, %v; want %s", fields, got, err, want)
 		}
@@ -64,9 +73,49 @@ func TestShortWay(t *testing.T) {
 	}
 }
 
+// An attribute with the name of another field gives way to it where record.Fields
+// says so.
+func TestPrecedence(t *testing.T) {
+	e := newEncoder("b", "v")
+	names := []string{"@timestamp", "@metadata", "message", "log.level", "trace.id", "span.id", "stream", "service.name", "kubernetes.pod.name", "log.file.path", "log.offset", "log.truncated_bytes", "x", "container.id"}
+	for _, r := range []record.Record{
+		{Resource: &record.Resource{Service: "payments", Pod: "p"}},
+		{Resource: &record.Resource{Service: "payments", ContainerID: "c"}, Service: "said", Level: "warn", TraceID: "t", SpanID: "s", Stream: "stdout", TruncatedBytes: 7, Origin: record.Origin{Path: "/p", Offset: 3}},
+		{},
+	} {
+		r.Attributes = map[string]any{}
+		for _, name := range names {
+			r.Attributes[name] = "attribute"
+		}
+		got, err := e.document(nil, &r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		doc := decode(t, got)
+		for name, value := range r.Fields() {
+			at := any(doc)
+			for part := range strings.SplitSeq(name, ".") {
+				m, ok := at.(map[string]any)
+				if !ok {
+					t.Fatalf("%s: %s", name, got)
+				}
+				at = m[part]
+			}
+			if name != "@metadata" && fmt.Sprint(at) != fmt.Sprint(value) {
+				t.Errorf("%s = %v; want %v", name, at, value)
+			}
+		}
+	}
+}
+
 func TestEncodingAllocatesNothing(t *testing.T) {
 	e := newEncoder("outrigger", "1")
 	records := batch(100)
+	for i, r := range records {
+		if i%2 == 0 {
+			r.Attributes = map[string]any{"http.response.status_code": 402.0, "http.request.method": "POST", "url.path": "/pay", "ok": true, "none": nil}
+		}
+	}
 	b := make([]byte, 0, 1<<20)
 	encode := func() {
 		b = b[:0]
