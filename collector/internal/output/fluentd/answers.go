@@ -31,6 +31,9 @@ type (
 
 // readAnswer reads one answer: acknowledgement, greeting or admission.
 func readAnswer(r *bufio.Reader) (any, error) {
+	if first, err := r.Peek(2); err == nil && first[0] == 0x15 && first[1] == 3 { // an alert
+		return nil, permanentError{errors.New("the server speaks TLS: set tls")}
+	}
 	d := decoder{r: r, left: maxAnswer}
 	v, err := d.value(0)
 	if err != nil {

@@ -758,6 +758,10 @@ func TestForwardTLSAndUnix(t *testing.T) {
 	f("another host", Config{CAFile: certFile, ServerName: "elsewhere.example"}, "set serverName")
 	f("no such file", Config{CAFile: certFile + "x"}, "caFile")
 	f("not TLS", Config{Address: startForward(t, &forwardServer{key: "greets at once", lenient: true}).address()}, "does not speak TLS")
+	var refused permanentError
+	if _, err := readAnswer(bufio.NewReader(strings.NewReader("\x15\x03\x03\x00\x02\x02\x46"))); !errors.As(err, &refused) || !strings.Contains(err.Error(), "set tls") {
+		t.Errorf("no TLS to a server with it: %v", err)
+	}
 	s = tlsServer(tls.RequireAnyClientCert)
 	f("client certificate", Config{CAFile: certFile, CertFile: certFile, KeyFile: keyFile}, "")
 	f("no client certificate", Config{CAFile: certFile}, "set certFile and keyFile")
