@@ -35,9 +35,11 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/logstash"
 	exposition "github.com/outrigger-mesh/outrigger/collector/internal/output/prometheus"
 	storeoutput "github.com/outrigger-mesh/outrigger/collector/internal/output/store"
 	"github.com/outrigger-mesh/outrigger/collector/internal/pipeline"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
 	"github.com/outrigger-mesh/outrigger/collector/internal/store"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
@@ -199,29 +201,20 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		return nil, err
 	}
 	for _, name := range c.Logs.Outputs {
-		var out output.Output
-		log := p.log.With("outrigger.output", name)
-		switch o := c.Outputs[name]; {
-		case o.Store != nil:
-			s, err := store.Open(*o.Store, log)
-			if err != nil {
-				return nil, fmt.Errorf("outputs.%s: %w", name, err)
-			}
-			out, search = storeoutput.New(s), s.Handler()
-		case o.Elasticsearch != nil:
-			if out, err = elasticsearch.New(*o.Elasticsearch, log); err != nil {
-				return nil, fmt.Errorf("outputs.%s: %w", name, err)
-			}
-		case o.Fluentd != nil:
-			if out, err = fluentd.New(*o.Fluentd, log); err != nil {
-				return nil, fmt.Errorf("outputs.%s: %w", name, err)
-			}
-		default:
-			return nil, fmt.Errorf("outputs.%s takes no logs", name) // config.Parse refused it
+		out, found, err := p.output(c.Outputs[name], p.log.With("outrigger.output", name))
+		if err != nil {
+			return nil, fmt.Errorf("outputs.%s: %w", name, err)
+		}
+		if found != nil {
+			search = found
+		}
+		set, err := rules.Compile(c.Logs.Config, name, c.Logs.Outputs)
+		if err != nil {
+			return nil, fmt.Errorf("logs: %w", err)
 		}
 		p.closers = append(p.closers, out.Close)
 		pl, err := pipeline.New(pipeline.Config{
-			Name: name, Tail: p.following(c, node, name), DataDir: c.DataDir,
+			Name: name, Tail: p.following(c, node, name), DataDir: c.DataDir, Rules: set,
 			MaxRecords: c.Logs.Batch.MaxRecords, MaxBytes: c.Logs.Batch.MaxBytes, Linger: c.Logs.Batch.Linger, InFlight: c.Logs.InFlight,
 		}, out, p.log, metrics, tailMetrics)
 		if err != nil {
@@ -230,6 +223,27 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		p.pipelines = append(p.pipelines, pl)
 	}
 	return search, nil
+}
+
+// output makes an output for logs, and the search of a store.
+func (p *parts) output(o config.Output, log *slog.Logger) (out output.Output, search http.Handler, err error) {
+	switch {
+	case o.Store != nil:
+		s, err := store.Open(*o.Store, log)
+		if err != nil {
+			return nil, nil, err
+		}
+		return storeoutput.New(s), s.Handler(), nil
+	case o.Elasticsearch != nil:
+		out, err = elasticsearch.New(*o.Elasticsearch, log)
+	case o.Fluentd != nil:
+		out, err = fluentd.New(*o.Fluentd, log)
+	case o.Logstash != nil:
+		out, err = logstash.New(*o.Logstash, log)
+	default:
+		err = errors.New("it takes no logs") // config.Parse refused it
+	}
+	return out, nil, err
 }
 
 // kubernetes makes what knows the node's pods.

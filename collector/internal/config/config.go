@@ -12,6 +12,8 @@
 //	  spoolBytes: 1073741824          # unread bytes of deleted files that are kept
 //	  files:                          # single files beside the containers' logs
 //	  - {name: nginx, paths: [/var/log/nginx/*.log], service: nginx, format: text}
+//	  rules: [{name: no-health, match: {body: /healthz}, drop: true}]  # see docs/rules.md
+//	  quotas: [{name: all, bytesPerSecond: 1048576, action: warn}]
 //	  outputs: [local, es]            # names from outputs below; each gets every line
 //	  batch: {maxRecords: 2000, maxBytes: 1048576, linger: 200ms}
 //	  inFlight: 16384                 # records of one output read and not acknowledged
@@ -55,6 +57,8 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/logstash"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
 	"github.com/outrigger-mesh/outrigger/collector/internal/store"
 )
@@ -95,6 +99,8 @@ type Logs struct {
 	Outputs       []string `yaml:"outputs"`
 	Batch         Batch    `yaml:"batch"`
 	InFlight      int      `yaml:"inFlight"`
+	// Rules and quotas, as package rules describes them.
+	rules.Config `yaml:",inline"`
 }
 
 // Kubernetes says whom to ask what is known of pods.
@@ -144,6 +150,15 @@ type Output struct {
 	Elasticsearch *elasticsearch.Config `yaml:"elasticsearch"`
 	Fluentd       *fluentd.Config       `yaml:"fluentd"`
 	InfluxDB      *influxdb.Config      `yaml:"influxdb"`
+	Logstash      *logstash.Config      `yaml:"logstash"`
+}
+
+// kinds are the names of the outputs' kinds.
+func kinds() (names []string) {
+	for f := range reflect.TypeFor[Output]().Fields() {
+		names = append(names, f.Tag.Get("yaml"))
+	}
+	return names
 }
 
 // Parse reads and checks a configuration. The error has one line for each thing
@@ -308,6 +323,9 @@ func (c *Config) validate() error {
 		within("logs.batch.maxBytes", l.Batch.MaxBytes, maxBatchBytes)
 		within("logs.inFlight", l.InFlight, maxInFlight)
 		l.validate(bad)
+		if _, err := rules.Compile(l.Config, "", l.Outputs); err != nil {
+			bad("logs: %w", err)
+		}
 		if l.Batch.Linger < 0 || l.Batch.Linger > maxLinger {
 			bad("logs.batch.linger: %s is not between 0s and %s", l.Batch.Linger, maxLinger)
 		}
@@ -369,11 +387,11 @@ func (l *Logs) validate(bad func(format string, args ...any)) {
 }
 
 func (o Output) validate() error {
-	var kinds []string
+	var has []string
 	var errs []error
 	add := func(kind string, set bool, validate func() error) {
 		if set {
-			kinds = append(kinds, kind)
+			has = append(has, kind)
 			errs = append(errs, validate())
 		}
 	}
@@ -381,8 +399,9 @@ func (o Output) validate() error {
 	add("elasticsearch", o.Elasticsearch != nil, func() error { return o.Elasticsearch.Validate() })
 	add("fluentd", o.Fluentd != nil, func() error { return o.Fluentd.Validate() })
 	add("influxdb", o.InfluxDB != nil, func() error { return o.InfluxDB.Validate() })
-	if len(kinds) != 1 {
-		return fmt.Errorf("it has the kinds %s; write exactly one of store, elasticsearch, fluentd, influxdb", list(kinds))
+	add("logstash", o.Logstash != nil, func() error { return o.Logstash.Validate() })
+	if len(has) != 1 {
+		return fmt.Errorf("it has the kinds %s; write exactly one of %s", list(has), list(kinds()))
 	}
 	return errors.Join(errs...)
 }
