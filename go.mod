@@ -7,6 +7,7 @@ require (
 	github.com/coder/websocket v1.8.15
 	github.com/containernetworking/cni v1.3.1
 	github.com/elastic/go-elasticsearch/v8 v8.19.7
+	github.com/elastic/go-grok v0.3.1
 	github.com/elastic/go-lumber v0.1.0
 	github.com/envoyproxy/go-control-plane v0.14.0
 	github.com/envoyproxy/go-control-plane/envoy v1.40.0

@@ -36,6 +36,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/logstash"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/otlp"
 	exposition "github.com/outrigger-mesh/outrigger/collector/internal/output/prometheus"
 	storeoutput "github.com/outrigger-mesh/outrigger/collector/internal/output/store"
 	"github.com/outrigger-mesh/outrigger/collector/internal/pipeline"
@@ -201,7 +202,7 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		return nil, err
 	}
 	for _, name := range c.Logs.Outputs {
-		out, found, err := p.output(c.Outputs[name], p.log.With("outrigger.output", name))
+		out, found, err := p.output(name, c.Outputs[name], p.log.With("outrigger.output", name))
 		if err != nil {
 			return nil, fmt.Errorf("outputs.%s: %w", name, err)
 		}
@@ -226,7 +227,7 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 }
 
 // output makes an output for logs, and the search of a store.
-func (p *parts) output(o config.Output, log *slog.Logger) (out output.Output, search http.Handler, err error) {
+func (p *parts) output(name string, o config.Output, log *slog.Logger) (out output.Output, search http.Handler, err error) {
 	switch {
 	case o.Store != nil:
 		s, err := store.Open(*o.Store, log)
@@ -240,6 +241,11 @@ func (p *parts) output(o config.Output, log *slog.Logger) (out output.Output, se
 		out, err = fluentd.New(*o.Fluentd, log)
 	case o.Logstash != nil:
 		out, err = logstash.New(*o.Logstash, log)
+	case o.OTLP != nil:
+		var m *otlp.Metrics
+		if m, err = otlp.NewMetrics(prometheus.WrapRegistererWith(prometheus.Labels{"output": name}, p.registry)); err == nil {
+			out, err = otlp.New(*o.OTLP, log, m)
+		}
 	default:
 		err = errors.New("it takes no logs") // config.Parse refused it
 	}

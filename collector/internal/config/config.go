@@ -58,6 +58,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/logstash"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/otlp"
 	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
 	"github.com/outrigger-mesh/outrigger/collector/internal/store"
@@ -151,6 +152,7 @@ type Output struct {
 	Fluentd       *fluentd.Config       `yaml:"fluentd"`
 	InfluxDB      *influxdb.Config      `yaml:"influxdb"`
 	Logstash      *logstash.Config      `yaml:"logstash"`
+	OTLP          *otlp.Config          `yaml:"otlp"`
 }
 
 // kinds are the names of the outputs' kinds.
@@ -400,6 +402,7 @@ func (o Output) validate() error {
 	add("fluentd", o.Fluentd != nil, func() error { return o.Fluentd.Validate() })
 	add("influxdb", o.InfluxDB != nil, func() error { return o.InfluxDB.Validate() })
 	add("logstash", o.Logstash != nil, func() error { return o.Logstash.Validate() })
+	add("otlp", o.OTLP != nil, func() error { return o.OTLP.Validate() })
 	if len(has) != 1 {
 		return fmt.Errorf("it has the kinds %s; write exactly one of %s", list(has), list(kinds()))
 	}
