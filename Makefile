@@ -13,7 +13,7 @@ DEMO_SECONDS ?= 0
 SOAK_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check fuzz golden peers h2spec e2e cluster soak bench-sidecar bench-control-plane images manifests clean
+.PHONY: help build demo test check fuzz golden peers h2spec e2e cluster soak torture bench-sidecar bench-control-plane images manifests clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,11 @@ cluster: ## open a shell in such a Kubernetes, with the product installed (root)
 
 soak: build ## two sidecars under mixed load and churn for SOAK_SECONDS (600); fails when they grow
 	@go run ./deploy/soak --bin $(BIN) --for $(SOAK_SECONDS)s
+
+torture: ## kill, starve and mislead the collector in 30 ways and count its lines; TORTURE='--full --seed 7' for other flags
+	@mkdir -p $(CACHE)/torture/bin
+	@go build -o $(CACHE)/torture/bin/ ./collector ./outrigger
+	@$(CACHE)/torture/bin/outrigger torture --collector-command '$(CACHE)/torture/bin/collector --config {{.Config}}' $(TORTURE)
 
 bench-sidecar: ## measure the sidecar beside nginx, HAProxy, Envoy and others; BENCH_QUICK=1 takes 2 minutes, not 15
 	@mkdir -p $(CACHE)/bench/bin

@@ -45,7 +45,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		collector = v
 	}
 	root.PersistentFlags().StringVar(&c.collector, "collector", collector, "address of a collector with a store (env OUTRIGGER_COLLECTOR)")
-	root.AddCommand(c.logs(), c.why(), c.inject(), c.auditPods(), c.install(), c.upgrade(), c.uninstall(), c.check())
+	root.AddCommand(c.logs(), c.why(), c.inject(), c.auditPods(), c.install(), c.upgrade(), c.uninstall(), c.check(), c.torture())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
