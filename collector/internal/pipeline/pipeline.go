@@ -53,7 +53,10 @@ type Config struct {
 	InFlight      int   // records read and not settled; default 16384
 	InFlightBytes int64 // of their bodies; default 16 MiB
 
-	CheckpointEvery time.Duration // default 1 s
+	// CheckpointEvery is how often a checkpoint is saved that changed: what was acknowledged
+	// since is sent again after a crash. Ten times as long as the last one took, if that
+	// is more. Default 200 ms.
+	CheckpointEvery time.Duration
 	WriteTimeout    time.Duration // of one attempt; default 60 s
 	StopTimeout     time.Duration // for the attempt that is under way at stop; default 10 s
 	MinBackoff      time.Duration // default 100 ms
@@ -77,7 +80,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Linger, 200*time.Millisecond)
 	def(&c.InFlight, 16384)
 	def(&c.InFlightBytes, 16<<20)
-	def(&c.CheckpointEvery, time.Second)
+	def(&c.CheckpointEvery, 200*time.Millisecond)
 	def(&c.WriteTimeout, time.Minute)
 	def(&c.StopTimeout, 10*time.Second)
 	def(&c.MinBackoff, 100*time.Millisecond)
@@ -380,18 +383,20 @@ func (p *Pipeline) load() (*ledger.Ledger, error) {
 // neither reading nor shipping: what is shipped and not saved would only be
 // shipped twice after a crash.
 func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
-	ticker := time.NewTicker(p.cfg.CheckpointEvery)
-	defer ticker.Stop()
+	timer := time.NewTimer(p.cfg.CheckpointEvery)
+	defer timer.Stop()
 	for {
 		select {
 		case <-stopped:
 			return
-		case <-ticker.C:
+		case <-timer.C:
 		}
 		p.measure()
+		begun := time.Now()
 		if err := p.save(); err != nil {
 			p.tellSave(err)
 		}
+		timer.Reset(max(p.cfg.CheckpointEvery, 10*time.Since(begun)))
 	}
 }
 

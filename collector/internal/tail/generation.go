@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/cri"
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 )
 
@@ -32,9 +33,12 @@ type generation struct {
 	gzPath string
 
 	// id is empty until the first line is whole; nothing is read before.
-	id    string
-	first int // bytes that were hashed for it
-	hash  [sha256.Size]byte
+	id string
+	// origin names the generation in the ids of records. The compressed copy of a
+	// file has the same, so that a backend knows a record again that it took before a crash.
+	origin string
+	first  int // bytes that were hashed for it
+	hash   [sha256.Size]byte
 
 	offset int64 // next byte to read
 	size   int64 // by the last stat
@@ -205,6 +209,14 @@ func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 		g.times = g.before.times + 1
 		g.id = fmt.Sprintf("%s-%d", g.id, g.times)
 	}
+	g.origin = g.id
+	if l.stamped(b) {
+		where := sha256.Sum256([]byte(filepath.Base(filepath.Dir(filepath.Dir(l.path))) + "/" + filepath.Base(filepath.Dir(l.path))))
+		g.origin = fmt.Sprintf("%x-%x", where[:6], g.hash[:8])
+		if g.times > 0 {
+			g.origin = fmt.Sprintf("%s-%d", g.origin, g.times)
+		}
+	}
 	g.before = nil
 	if g.gz != nil {
 		// The copy has another inode than what it was made of. Its first line finds the account.
@@ -216,6 +228,17 @@ func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 	g.offset, g.done = at.Offset, at.Above
 	f.keep(l, g)
 	return nil
+}
+
+// stamped reports whether the line has a time of nanoseconds, which makes it unique among
+// the lines of its container.
+func (l *containerLog) stamped(line []byte) bool {
+	if l.input != nil {
+		return false
+	}
+	line = bytes.TrimSuffix(line, []byte{'\n'})
+	_, problem := cri.Parse(line)
+	return problem == cri.OK || cri.IsDocker(line)
 }
 
 // identity is how the ids of all generations with these numbers begin.

@@ -66,6 +66,7 @@ func (h *held) add(j cri.Joined, now time.Time) {
 	}
 	keep := min(room, len(j.Text))
 	h.text = append(h.text, j.Text[:keep]...)
+	h.joined.Lines += j.Lines
 	h.joined.Cut += j.Cut + len(j.Text) - keep
 	h.since = now
 	for _, s := range j.Spans {

@@ -95,6 +95,34 @@ func TestCompressedWhileAway(t *testing.T) {
 	}
 }
 
+// A crash before the first checkpoint, and then the file is a compressed one: its
+// records have the ids that they had. A record of which more lines were found the second
+// time has another id than the shorter one, or a backend would take it for that.
+func TestOriginsOutliveACrash(t *testing.T) {
+	n := start(t)
+	n.stop()
+	n.config.Policy = func(*record.Resource) tail.Policy {
+		return tail.Policy{Grouper: func() tail.Grouper { return &trace{} }}
+	}
+	n.follow()
+	n.write(cart, "F 1", "F trace:", "F  a")
+	first := n.want("1", "trace:\n a")
+	n.stop()
+	n.ledger = ledger.New() // no checkpoint
+	n.write(cart, "F  b")
+	n.rename(cart, cart+".20261123-020000")
+	n.compress(cart + ".20261123-020000")
+	n.write(cart, "F 2")
+	n.follow()
+	again := n.want("1", "trace:\n a\n b", "2")
+	if first[0].Record.Origin.File != again[0].Record.Origin.File || first[0].Record.Origin.Offset != again[0].Record.Origin.Offset {
+		t.Errorf("the same line has the origins %+v and %+v", first[0].Record.Origin, again[0].Record.Origin)
+	}
+	if first[1].Record.Origin.Offset != again[1].Record.Origin.Offset || first[1].Record.Origin.File == again[1].Record.Origin.File {
+		t.Errorf("records of two and three lines have the origins %+v and %+v", first[1].Record.Origin, again[1].Record.Origin)
+	}
+}
+
 // Compressed while it is read: the copy is not read again, even after a restart.
 func TestCompressedWhileRead(t *testing.T) {
 	n := spooled(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/cri"
@@ -370,7 +371,7 @@ func (f *Follower) line(l *containerLog, g *generation, line []byte, text string
 	}
 	at := cri.Span{File: g.id, Start: start, End: end}
 	if cut == 0 && l.joiner.Passes(parsed) {
-		j := cri.Joined{Time: parsed.Time, Stream: parsed.Stream, Text: parsed.Text, Problem: problem}
+		j := cri.Joined{Time: parsed.Time, Stream: parsed.Stream, Text: parsed.Text, Problem: problem, Lines: 1}
 		j.Spans = f.slab.span(at)
 		if shares && len(text) == len(line) { // the text is the end of the line
 			return f.group(l, j, text[len(text)-len(parsed.Text):])
@@ -406,6 +407,16 @@ func (l *containerLog) parse(line []byte) (parsed cri.Line, problem cri.Problem,
 	}
 }
 
+// origin is the name of a generation in the ids of its records.
+func (l *containerLog) origin(id string) string {
+	for _, g := range l.gens {
+		if g.id == id {
+			return g.origin
+		}
+	}
+	return id // gone since a part of the record was read
+}
+
 // envelope takes a line that is a record written down.
 func (f *Follower) envelope(l *containerLog, g *generation, line []byte, start, end int64) (credit bool) {
 	r := f.slab.record()
@@ -416,7 +427,9 @@ func (f *Follower) envelope(l *containerLog, g *generation, line []byte, start, 
 		*r = record.Record{Time: now, Resource: l.resource, Body: string(line[:min(len(line), record.MaxBody)])}
 	}
 	r.Observed = now
-	r.Origin = record.Origin{File: g.id, Path: l.path, Offset: start, End: end}
+	if r.Origin.File == "" { // it may have come from elsewhere
+		r.Origin = record.Origin{File: g.origin, Path: l.path, Offset: start, End: end}
+	}
 	return f.emit(Entry{Record: r, Spans: f.slab.span(cri.Span{File: g.id, Start: start, End: end})})
 }
 
@@ -428,16 +441,24 @@ func (f *Follower) send(l *containerLog, j cri.Joined, text string) (credit bool
 		at = now
 	}
 	first, last := j.Spans[0], j.Spans[0]
+	bytes := int64(0)
 	for _, s := range j.Spans {
 		if s.File == first.File {
 			last = s
 		}
+		bytes += s.End - s.Start
+	}
+	file := l.origin(first.File)
+	if j.Lines > 1 {
+		// How many lines were joined may depend on when they were read. A backend that
+		// knows records by their origin must not take a longer one for one that it has.
+		file += "+" + strconv.FormatInt(bytes, 10)
 	}
 	r := f.slab.record()
 	*r = record.Record{
 		Time: at, Observed: now, Stream: j.Stream.String(), Body: text, TruncatedBytes: j.Cut,
 		Resource: l.resource,
-		Origin:   record.Origin{File: first.File, Path: l.path, Offset: first.Start, End: last.End},
+		Origin:   record.Origin{File: file, Path: l.path, Offset: first.Start, End: last.End},
 	}
 	return f.emit(Entry{Record: r, Spans: j.Spans})
 }
