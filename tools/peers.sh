@@ -2,7 +2,8 @@
 # Tests the collector's outputs against real servers, which it installs into
 # .cache/peers, starts on loopback and stops again. Needs Maven and Java 17 for
 # Elasticsearch, npm for the fluentd project's server; VictoriaMetrics is built
-# from its Go module. What is missing is said and counted.
+# from its Go module, the OpenTelemetry Collector by deploy/peers/otelcol.sh
+# beforehand. What is missing is said and counted.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 passed=0 failed=0 skipped=0
@@ -21,6 +22,8 @@ try() { # name, package, script that starts the server and runs the rest (or non
 }
 try "Elasticsearch" ./collector/internal/output/elasticsearch deploy/peers/elasticsearch.sh
 try "VictoriaMetrics" ./collector/internal/output/influxdb deploy/peers/victoriametrics.sh
-try "FluentServer of the fluentd project" ./collector/internal/output/fluentd
+try "FluentServer of the fluentd project, OpenTelemetry Collector (forward)" ./collector/internal/output/fluentd
+try "go-lumber, Elastic's server for Beats" ./collector/internal/output/logstash
+try "OpenTelemetry Collector (OTLP)" ./collector/internal/output/otlp
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

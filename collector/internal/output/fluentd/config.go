@@ -67,8 +67,9 @@ type Config struct {
 	// Dots in values become underscores, so that they do not add parts; what a
 	// record does not have is "unknown".
 	Tag string `yaml:"tag"`
-	// Compression of chunks: none (default, which every server takes), gzip, or zstd
-	// (fluentd 1.18 and newer).
+	// Compression of chunks: none (default, which every server takes), gzip, or zstd,
+	// which fluentd takes from 1.19 on, as an experiment, and which the specification
+	// does not have: make sure of the server first.
 	Compression string `yaml:"compression"`
 	// Window is how many chunks may wait for their acknowledgement: 1 to 256,
 	// default 8.

@@ -451,6 +451,12 @@ func (w *flight) acknowledge(id string) error {
 	}
 	w.newest = max(w.newest, c.number)
 	w.open = slices.Delete(w.open, i, i+1)
+	// The server comes to the chunks behind this one only now.
+	for j := range w.open {
+		if w.open[j].number > c.number {
+			w.open[j].deadline = w.conn.used.Add(w.f.cfg.AckTimeout)
+		}
+	}
 	return nil
 }
 

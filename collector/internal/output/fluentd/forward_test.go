@@ -447,6 +447,19 @@ func TestForwardWindow(t *testing.T) {
 	}
 }
 
+// A server that takes its time for every chunk is not late: a chunk's time begins
+// when the one before it was acknowledged.
+func TestForwardSlowServer(t *testing.T) {
+	s := startForward(t, &forwardServer{answer: func(n int, c received) any {
+		time.Sleep(300 * time.Millisecond)
+		return takes(n, c)
+	}})
+	o := newForwardOutput(t, Config{Address: s.address(), AckTimeout: time.Second, MaxChunkBytes: 64 << 10})
+	if got := write(t, o, big(18)); !clean(got) { // six chunks
+		t.Errorf("%+v", got)
+	}
+}
+
 // What is acknowledged is, whatever becomes of the rest; and the output recovers.
 func TestForwardFailures(t *testing.T) {
 	const each = 3 // records in a chunk

@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	lumberlog "github.com/elastic/go-lumber/log"
 	lumber "github.com/elastic/go-lumber/server/v2"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -32,7 +33,17 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	lumberlog.Logger = quiet{}
+	goleak.VerifyTestMain(m)
+}
+
+// quiet keeps go-lumber from telling about every connection.
+type quiet struct{}
+
+func (quiet) Printf(string, ...any) {}
+func (quiet) Println(...any)        {}
+func (quiet) Print(...any)          {}
 
 func batch(n int) []*record.Record {
 	res := &record.Resource{Cluster: "prod", Node: "node-17", Namespace: "shop", Pod: "payments-0", Container: "app", Service: "payments", Labels: map[string]string{"app.kubernetes.io/name": "payments"}}
@@ -81,9 +92,9 @@ func listen(t *testing.T) net.Listener {
 	return ln
 }
 
-// TestGoLumber sends to Elastic's own server of the protocol, which says every 20 ms
-// that it is busy.
-func TestGoLumber(t *testing.T) {
+// TestRealLumberServer sends to Elastic's own server of the protocol, which says every
+// 20 ms that it is busy.
+func TestRealLumberServer(t *testing.T) {
 	for _, level := range []int{0, 3, 9} {
 		ln := listen(t)
 		server, err := lumber.NewWithListener(ln, lumber.Keepalive(20*time.Millisecond), lumber.Timeout(20*time.Second))
