@@ -54,11 +54,13 @@ h2spec: ## run the h2spec suite against the ports of real sidecars
 
 e2e: ## tell the stories on a real Kubernetes of two nodes, made here (root); E2E_RUN=<regexp> tells some of them
 	@deploy/testbed/build.sh cluster >/dev/null
+	@deploy/apptest/envoy.sh >/dev/null
 	@mkdir -p $(CACHE)/e2e && cd deploy/e2e && go build -o $(CACHE)/e2e/e2e .
 	@$(CACHE)/e2e/e2e --run '$(E2E_RUN)'
 
 cluster: ## open a shell in such a Kubernetes, with the product installed (root)
 	@deploy/testbed/build.sh cluster >/dev/null
+	@deploy/apptest/envoy.sh >/dev/null
 	@mkdir -p $(CACHE)/e2e && cd deploy/e2e && go build -o $(CACHE)/e2e/e2e .
 	@$(CACHE)/e2e/e2e --shell
 

@@ -8,6 +8,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -28,13 +29,18 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/admin"
 	"github.com/outrigger-mesh/outrigger/collector/internal/config"
 	"github.com/outrigger-mesh/outrigger/collector/internal/hostmetrics"
+	"github.com/outrigger-mesh/outrigger/collector/internal/kube"
+	"github.com/outrigger-mesh/outrigger/collector/internal/metadata"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/logstash"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/otlp"
 	exposition "github.com/outrigger-mesh/outrigger/collector/internal/output/prometheus"
 	storeoutput "github.com/outrigger-mesh/outrigger/collector/internal/output/store"
 	"github.com/outrigger-mesh/outrigger/collector/internal/pipeline"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
 	"github.com/outrigger-mesh/outrigger/collector/internal/store"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
@@ -48,6 +54,7 @@ type settings struct {
 	program.Flags
 	config string
 	check  bool
+	reload time.Duration
 }
 
 func parse(args []string, stdout, stderr io.Writer) (settings, error) {
@@ -56,6 +63,7 @@ func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	f.SetOutput(stderr)
 	f.StringVar(&s.config, "config", "", "configuration file in YAML (required)")
 	f.BoolVar(&s.check, "check", false, "check the configuration and end; exit code 1 if something is wrong with it")
+	f.DurationVar(&s.reload, "reload", 5*time.Second, "how often the configuration file is read again, to be applied when it has changed; 0 is never")
 	s.Register(f)
 	if err := s.Parse(f, args, stdout); err != nil {
 		return s, err
@@ -97,16 +105,12 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	log := s.Log("collector", stderr).With(record.HostName, node)
-	for _, name := range c.Unused() {
-		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
-	}
-	p, err := assemble(ctx, c, node, log)
+	p, err := assemble(ctx, c, node, log, nil)
 	if err != nil {
 		return errors.Join(err, p.close())
 	}
 	log.Info("collector starts", "service.version", program.Version(), "outrigger.admin_address", p.admin.Addr().String())
-	err = p.run(ctx)
-	err = errors.Join(err, p.close())
+	err = runAndReload(ctx, s, c, p, node, log)
 	log.Info("collector stopped")
 	return err
 }
@@ -130,11 +134,13 @@ func nodeName(c *config.Config) (string, error) {
 // ask for are nil.
 type parts struct {
 	log       *slog.Logger
+	registry  *prometheus.Registry
 	admin     net.Listener
 	expose    net.Listener
 	window    http.Handler
 	metrics   *exposition.Exposition
 	pipelines []*pipeline.Pipeline
+	metadata  *metadata.Store
 	scraper   *scrape.Scraper
 	sinks     []*influxdb.Sink
 	// closers in the order in which they were made.
@@ -144,7 +150,10 @@ type parts struct {
 // assemble makes all parts and binds all ports, so that whatever can fail fails
 // before the first line is read. Where it fails, the parts have what is to be
 // closed.
-func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger) (*parts, error) {
+func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger, extra []prometheus.Collector) (*parts, error) {
+	for _, name := range c.Unused() {
+		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
+	}
 	p := &parts{log: log}
 	var err error
 	if p.admin, err = p.bind(program.ListenLoopback(ctx, "admin:", c.Admin)); err != nil {
@@ -154,6 +163,13 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 		return p, err
 	}
 	registry := program.Registry()
+	registry.MustRegister(extra...)
+	p.registry = registry
+	if c.Kubernetes != nil {
+		if err := p.kubernetes(c, node); err != nil {
+			return p, err
+		}
+	}
 	var search http.Handler
 	if c.Logs != nil {
 		if search, err = p.logs(c, node, registry); err != nil {
@@ -169,6 +185,7 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 		Log: log, Gatherer: registry, Store: search,
 		Ready: func() error { return ready(c) },
 		Audit: func() any { return p.audit() },
+		Why:   func() any { return p.why() },
 	})
 	return p, nil
 }
@@ -185,29 +202,20 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		return nil, err
 	}
 	for _, name := range c.Logs.Outputs {
-		var out output.Output
-		log := p.log.With("outrigger.output", name)
-		switch o := c.Outputs[name]; {
-		case o.Store != nil:
-			s, err := store.Open(*o.Store, log)
-			if err != nil {
-				return nil, fmt.Errorf("outputs.%s: %w", name, err)
-			}
-			out, search = storeoutput.New(s), s.Handler()
-		case o.Elasticsearch != nil:
-			if out, err = elasticsearch.New(*o.Elasticsearch, log); err != nil {
-				return nil, fmt.Errorf("outputs.%s: %w", name, err)
-			}
-		case o.Fluentd != nil:
-			if out, err = fluentd.New(*o.Fluentd, log); err != nil {
-				return nil, fmt.Errorf("outputs.%s: %w", name, err)
-			}
-		default:
-			return nil, fmt.Errorf("outputs.%s takes no logs", name) // config.Parse refused it
+		out, found, err := p.output(name, c.Outputs[name], p.log.With("outrigger.output", name))
+		if err != nil {
+			return nil, fmt.Errorf("outputs.%s: %w", name, err)
+		}
+		if found != nil {
+			search = found
+		}
+		set, err := rules.Compile(c.Logs.Config, name, c.Logs.Outputs)
+		if err != nil {
+			return nil, fmt.Errorf("logs: %w", err)
 		}
 		p.closers = append(p.closers, out.Close)
 		pl, err := pipeline.New(pipeline.Config{
-			Name: name, Folder: filepath.Clean(c.Logs.Folder), DataDir: c.DataDir, Cluster: c.Cluster, Node: node,
+			Name: name, Tail: p.following(c, node, name), DataDir: c.DataDir, Rules: set,
 			MaxRecords: c.Logs.Batch.MaxRecords, MaxBytes: c.Logs.Batch.MaxBytes, Linger: c.Logs.Batch.Linger, InFlight: c.Logs.InFlight,
 		}, out, p.log, metrics, tailMetrics)
 		if err != nil {
@@ -216,6 +224,93 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		p.pipelines = append(p.pipelines, pl)
 	}
 	return search, nil
+}
+
+// output makes an output for logs, and the search of a store.
+func (p *parts) output(name string, o config.Output, log *slog.Logger) (out output.Output, search http.Handler, err error) {
+	switch {
+	case o.Store != nil:
+		s, err := store.Open(*o.Store, log)
+		if err != nil {
+			return nil, nil, err
+		}
+		return storeoutput.New(s), s.Handler(), nil
+	case o.Elasticsearch != nil:
+		out, err = elasticsearch.New(*o.Elasticsearch, log)
+	case o.Fluentd != nil:
+		out, err = fluentd.New(*o.Fluentd, log)
+	case o.Logstash != nil:
+		out, err = logstash.New(*o.Logstash, log)
+	case o.OTLP != nil:
+		var m *otlp.Metrics
+		if m, err = otlp.NewMetrics(prometheus.WrapRegistererWith(prometheus.Labels{"output": name}, p.registry)); err == nil {
+			out, err = otlp.New(*o.OTLP, log, m)
+		}
+	default:
+		err = errors.New("it takes no logs") // config.Parse refused it
+	}
+	return out, nil, err
+}
+
+// kubernetes makes what knows the node's pods.
+func (p *parts) kubernetes(c *config.Config, node string) error {
+	k := c.Kubernetes
+	m := metadata.Config{
+		Node: node, CacheFile: filepath.Join(c.DataDir, "metadata.json"), Log: p.log, Registerer: p.registry,
+		InUse: func(uid string) bool {
+			return slices.ContainsFunc(p.pipelines, func(pl *pipeline.Pipeline) bool { return pl.InUse(uid) })
+		},
+	}
+	client := func(field string, cfg kube.Config) (*kube.Client, error) {
+		cl, err := kube.New(cfg)
+		if err != nil {
+			return nil, fmt.Errorf("kubernetes.%s: %w", field, err)
+		}
+		p.closers = append(p.closers, func() error { cl.Close(); return nil })
+		return cl, nil
+	}
+	inside, ok := kube.InCluster(os.Getenv)
+	var err error
+	if k.Watch {
+		cfg := inside
+		if k.Server != "" {
+			cfg = kube.Config{Server: k.Server, CAFile: k.CAFile, TokenFile: k.TokenFile}
+		} else if !ok {
+			return errors.New("kubernetes.watch: this is no pod of a cluster, so there is no address of its API server; write kubernetes.server, or remove kubernetes")
+		}
+		if m.API, err = client("server", cfg); err != nil {
+			return err
+		}
+	}
+	if k.Kubelet != "" {
+		cfg := kube.Config{Server: k.Kubelet, CAFile: k.KubeletCAFile, Insecure: k.KubeletInsecure, TokenFile: cmp.Or(k.TokenFile, inside.TokenFile)}
+		if m.Kubelet, err = client("kubelet", cfg); err != nil {
+			return err
+		}
+	}
+	p.metadata, err = metadata.New(m)
+	return err
+}
+
+// following is what an output's pipeline follows. Each has a spool of its own.
+func (p *parts) following(c *config.Config, node, output string) tail.Config {
+	t := tail.Config{
+		Folder: filepath.Clean(c.Logs.Folder), Cluster: c.Cluster, Node: node,
+		Linked: c.Logs.LinkedFolders, MaxDeleted: c.Logs.SpoolBytes,
+	}
+	if p.metadata != nil {
+		t.Resource, t.Generation, t.MetadataWait = p.metadata.Resource, p.metadata.Generation, c.Kubernetes.Wait
+	}
+	if c.Logs.Spool != "" {
+		t.Spool = filepath.Join(c.Logs.Spool, output)
+	}
+	for _, f := range c.Logs.Files {
+		service := cmp.Or(f.Service, f.Name)
+		t.Files = append(t.Files, tail.Files{
+			Patterns: f.Paths, Format: tail.Format(cmp.Or(f.Format, "text")), Resource: record.Resource{Service: service},
+		})
+	}
+	return t
 }
 
 // measure makes what reads metrics and what shows and sends them.
@@ -318,6 +413,9 @@ func (p *parts) run(ctx context.Context) error {
 			return err
 		})
 	}
+	if p.metadata != nil {
+		add(p.metadata.Run)
+	}
 	if p.scraper != nil {
 		add(p.scraper.Run)
 	}
@@ -350,6 +448,18 @@ func (p *parts) audit() any {
 	}{time.Now().UTC(), []pipeline.Audit{}}
 	for _, pl := range p.pipelines {
 		out.Outputs = append(out.Outputs, pl.Audit())
+	}
+	return out
+}
+
+// why is the answer of /api/v1/why.
+func (p *parts) why() any {
+	out := struct {
+		Time    time.Time         `json:"time"`
+		Reasons []pipeline.Reason `json:"reasons"`
+	}{time.Now().UTC(), []pipeline.Reason{}}
+	for _, pl := range p.pipelines {
+		out.Reasons = append(out.Reasons, pl.Why()...)
 	}
 	return out
 }

@@ -78,7 +78,7 @@ func (l *laptop) start() (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	var stderr bytes.Buffer
-	go func() { done <- execute(ctx, []string{"--config", l.config}, io.Discard, &stderr) }()
+	go func() { done <- execute(ctx, []string{"--config", l.config, "--reload", "50ms"}, io.Discard, &stderr) }()
 	l.eventually("/ready", func(body string) bool { return body == "ready\n" })
 	return func() {
 		cancel()
@@ -190,4 +190,43 @@ func TestCheckAndVersion(t *testing.T) {
 	if err := execute(t.Context(), []string{"--version"}, &out, io.Discard); !errors.Is(err, flag.ErrHelp) || out.Len() == 0 {
 		t.Errorf("--version: %v, %q", err, out.String())
 	}
+}
+
+// A changed configuration is applied without losing a line; one that is wrong, or
+// whose parts cannot be made, changes nothing and is told of.
+func TestReload(t *testing.T) {
+	l := newLaptop(t)
+	text, err := os.ReadFile(l.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(l.config, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const log = "pods/shop_cart-7d9c8b5f6d-x2vzq_u1/app/0.log"
+	now := time.Now().UTC().Format("2006-01-02T15:04:05.")
+	line := func(i int) { l.file(log, fmt.Sprintf("%s%03dZ stdout F line %d\n", now, i, i)) }
+	const all = "/api/v1/logs?since=24h&limit=1000&query=kubernetes.namespace:shop"
+	stop := l.start()
+	metric := func(want string) {
+		t.Helper()
+		l.eventually("/metrics", func(b string) bool { return strings.Contains(b, want+"\n") })
+	}
+	line(1)
+	write("logs: {folder: x, folders: y}")
+	metric(`outrigger_config_reloads_total{result="refused"} 1`)
+	metric(`outrigger_config_refused 1`)
+	line(2)
+	write(strings.Replace(string(text), "store: {folder", "elasticsearch: {caFile: /none, addresses: [https://127.0.0.1:1]}}, other: {store: {folder", 1) + "# changed\n")
+	metric(`outrigger_config_reloads_total{result="refused"} 2`)
+	line(3)
+	write(strings.Replace(string(text), "node: n1", "node: n2", 1))
+	metric(`outrigger_config_reloads_total{result="applied"} 1`)
+	metric(`outrigger_config_refused 0`)
+	line(4)
+	l.eventually(all, func(b string) bool { return lines(b) == 4 && strings.Contains(b, `"host.name":"n2"`) })
+	stop()
 }

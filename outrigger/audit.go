@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -24,6 +25,9 @@ type sum struct {
 	Acknowledged int64            `json:"acknowledged"`
 	Dropped      map[string]int64 `json:"dropped"`
 	Pending      int64            `json:"pending"`
+
+	Records        int64            `json:"records"`
+	DroppedRecords map[string]int64 `json:"dropped_records"`
 }
 
 func (s sum) dropped() (n int64) {
@@ -36,12 +40,16 @@ func (s sum) dropped() (n int64) {
 // off is by how much the account does not close.
 func (s sum) off() int64 { return s.Written - s.Acknowledged - s.dropped() - s.Pending }
 
-// causes is "rejected 120, too_long 7".
+// causes is "rejected 120 in 2 records, too_long 7".
 func (s sum) causes() string {
 	var out []string
 	for _, cause := range slices.Sorted(maps.Keys(s.Dropped)) {
 		if n := s.Dropped[cause]; n != 0 {
-			out = append(out, fmt.Sprintf("%s %d", clean(cause), n))
+			text := fmt.Sprintf("%s %d", clean(cause), n)
+			if records := s.DroppedRecords[cause]; records > 0 {
+				text += fmt.Sprintf(" in %d records", records)
+			}
+			out = append(out, text)
 		}
 	}
 	return strings.Join(out, ", ")
@@ -51,11 +59,17 @@ func (s *sum) add(o sum) {
 	s.Written += o.Written
 	s.Acknowledged += o.Acknowledged
 	s.Pending += o.Pending
-	for cause, n := range o.Dropped {
-		if s.Dropped == nil {
-			s.Dropped = map[string]int64{}
+	s.Records += o.Records
+	sums(&s.Dropped, o.Dropped)
+	sums(&s.DroppedRecords, o.DroppedRecords)
+}
+
+func sums(to *map[string]int64, from map[string]int64) {
+	for cause, n := range from {
+		if *to == nil {
+			*to = map[string]int64{}
 		}
-		s.Dropped[cause] += n
+		(*to)[cause] += n
 	}
 }
 
@@ -70,6 +84,11 @@ type account struct {
 		Path string `json:"path"`
 		sum
 	} `json:"files"`
+	Rows []struct {
+		Owner string    `json:"owner"`
+		Hour  time.Time `json:"hour"`
+		sum
+	} `json:"rows"`
 }
 
 // off is by how much the account does not close: each file for itself, the
@@ -81,14 +100,49 @@ func (a account) off() int64 {
 		off += abs(f.off())
 		parts.add(f.sum)
 	}
+	if a.Rows != nil { // a collector that is older has none
+		var rows sum
+		for _, r := range a.Rows {
+			off += abs(r.off())
+			rows.add(r.sum)
+		}
+		off += abs(a.Total.Written-rows.Written) + abs(a.Total.Pending-rows.Pending) + abs(a.Total.dropped()-rows.dropped())
+	}
 	return max(off, abs(a.Total.off()), abs(a.Total.Written-parts.Written), abs(a.Total.Acknowledged-parts.Acknowledged),
 		abs(a.Total.Pending-parts.Pending), abs(a.Total.dropped()-parts.dropped()))
 }
+
+// by adds the rows up by what the name says: namespace, pod or hour.
+func (a account) by(what string) (names []string, sums map[string]*sum) {
+	sums = map[string]*sum{}
+	for _, r := range a.Rows {
+		name := clean(r.Owner)
+		switch {
+		case what == "hour" && r.Hour.IsZero():
+			name = "before"
+		case what == "hour":
+			name = r.Hour.UTC().Format("2006-01-02 15:00Z")
+		case r.Owner == "":
+			name = "(older)"
+		case what == "namespace":
+			name, _, _ = strings.Cut(name, "/")
+		}
+		if sums[name] == nil {
+			sums[name] = &sum{}
+		}
+		sums[name].add(r.sum)
+	}
+	return slices.Sorted(maps.Keys(sums)), sums
+}
+
+// parts are what an account can be divided by.
+var parts = []string{"file", "namespace", "pod", "hour"}
 
 func abs(n int64) int64 { return max(n, -n) }
 
 func (c *cli) audit() *cobra.Command {
 	format := textFormat
+	by := parts[0]
 	cmd := &cobra.Command{
 		Use:   "audit",
 		Short: "Account for every line: written = acknowledged + dropped + pending, per file and output",
@@ -96,12 +150,20 @@ func (c *cli) audit() *cobra.Command {
 
   written       the size of the file, as the file system gives it
   acknowledged  in records that the backend has confirmed
-  dropped       counted with its cause: rejected, too_long, rotated_away, truncated
+  dropped       counted with its cause: rejected (by the backend; see the dead letters),
+                too_long, rotated_away (deleted before it could be read), truncated,
+                unreadable, rule, quota, routed (to another output only)
   pending       not settled yet: not read, or not confirmed
 
-Written has to be the sum of the others. The exit code is 1 if it is not.`,
+Written has to be the sum of the others. The exit code is 1 if it is not.
+
+By hour, written and acknowledged may fall into different hours, so that what is
+pending in one can be less than nothing; over all hours it is what is pending.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !slices.Contains(parts, by) {
+				return fmt.Errorf("--by %q is not known: write %s", by, strings.Join(parts, ", "))
+			}
 			body, err := c.get(cmd.Context(), "/api/v1/audit", nil)
 			if err != nil {
 				return err
@@ -120,7 +182,7 @@ Written has to be the sum of the others. The exit code is 1 if it is not.`,
 			if format == jsonFormat {
 				_, err = c.stdout.Write(raw)
 			} else {
-				err = printAudit(c.stdout, answer.Outputs)
+				err = printAudit(c.stdout, answer.Outputs, by)
 			}
 			var off []string
 			for _, a := range answer.Outputs {
@@ -135,10 +197,11 @@ Written has to be the sum of the others. The exit code is 1 if it is not.`,
 		},
 	}
 	cmd.Flags().VarP(&format, "output", "o", "text or json")
+	cmd.Flags().StringVar(&by, "by", by, "what a line of the account is: "+strings.Join(parts, ", ")+" (the last 24 hours apart)")
 	return cmd
 }
 
-func printAudit(w io.Writer, outputs []account) error {
+func printAudit(w io.Writer, outputs []account, by string) error {
 	if len(outputs) == 0 {
 		_, err := fmt.Fprintln(w, "This collector follows no logs: its configuration has no logs section.")
 		return err
@@ -149,15 +212,22 @@ func printAudit(w io.Writer, outputs []account) error {
 			b.WriteByte('\n')
 		}
 		fmt.Fprintf(&b, "output %s (%s, breaker %s), in bytes\n", clean(a.Output), clean(a.Kind), clean(a.Breaker))
-		t := table{{"FILE", "WRITTEN", "ACKNOWLEDGED", "DROPPED", "PENDING", "CAUSES"}}
+		t := table{{strings.ToUpper(by), "WRITTEN", "ACKNOWLEDGED", "DROPPED", "PENDING", "CAUSES"}}
 		row := func(name string, s sum) {
 			t = append(t, []string{name, fmt.Sprint(s.Written), fmt.Sprint(s.Acknowledged), fmt.Sprint(s.dropped()), fmt.Sprint(s.Pending), s.causes()})
 		}
-		for _, f := range a.Files {
-			row(fileName(f.Path), f.sum)
-		}
-		if a.Deleted.Written != 0 {
-			row("deleted files", a.Deleted)
+		if by == "file" {
+			for _, f := range a.Files {
+				row(fileName(f.Path), f.sum)
+			}
+			if a.Deleted.Written != 0 {
+				row("deleted files", a.Deleted)
+			}
+		} else {
+			names, sums := a.by(by)
+			for _, name := range names {
+				row(name, *sums[name])
+			}
 		}
 		row("total", a.Total)
 		t.print(&b)

@@ -81,3 +81,61 @@ func TestAuditWithoutLogs(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
+
+const withRows = `{"outputs":[{"output":"es","kind":"elasticsearch","breaker":"closed",
+  "total":{"written":100,"acknowledged":30,"dropped":{"rule":60},"pending":10,"records":2,"dropped_records":{"rule":3}},
+  "deleted":{"written":100,"acknowledged":30,"dropped":{"rule":60},"pending":10},
+  "rows":[
+   {"owner":"shop/cart-0","hour":"2026-11-23T03:00:00Z","written":80,"acknowledged":30,"pending":50,"records":2},
+   {"owner":"shop/web-0","hour":"2026-11-23T03:00:00Z","written":20,"acknowledged":0,"pending":20},
+   {"owner":"shop/cart-0","hour":"2026-11-23T04:00:00Z","written":0,"acknowledged":0,"dropped":{"rule":60},"pending":-60,"dropped_records":{"rule":3}}]}]}`
+
+func TestAuditByPodAndHour(t *testing.T) {
+	collector := func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, withRows) }
+	f := func(by, want string) {
+		t.Helper()
+		out, _, err := asked(t, collector, "", "logs", "audit", "--by", by)
+		if err != nil || !strings.Contains(out, want) || !strings.HasSuffix(out, "  adds up\n") {
+			t.Errorf("--by %s: %v, got\n%swant\n%s", by, err, out, want)
+		}
+	}
+	f("pod", `
+  POD          WRITTEN  ACKNOWLEDGED  DROPPED  PENDING  CAUSES
+  shop/cart-0       80            30       60      -10  rule 60 in 3 records
+  shop/web-0        20             0        0       20
+  total            100            30       60       10  rule 60 in 3 records
+`)
+	f("namespace", "\n  shop           100            30       60       10  rule 60 in 3 records\n")
+	f("hour", "\n  2026-11-23 04:00Z        0             0       60      -60  rule 60 in 3 records\n")
+	if _, _, err := asked(t, collector, "", "logs", "audit", "--by", "node"); err == nil || !strings.Contains(err.Error(), "write file, namespace, pod, hour") {
+		t.Errorf("--by node: %v", err)
+	}
+	// A row that is missing is seen.
+	_, _, err := asked(t, func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, strings.Replace(withRows, `"written":20,"acknowledged":0,"pending":20`, `"written":10,"acknowledged":0,"pending":10`, 1))
+	}, "", "logs", "audit")
+	if err == nil || !strings.Contains(err.Error(), "es by 20 bytes") {
+		t.Errorf("a row with 10 bytes too few: %v", err)
+	}
+}
+
+func TestLogsWhy(t *testing.T) {
+	collector := func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/api/v1/why" {
+			t.Errorf("asked %s", r.URL)
+		}
+		fmt.Fprint(w, `{"reasons":[
+ {"output":"es","namespace":"shop","pod":"cart-0","container":"app","cause":"rule","rule":"no-health","records":3,"bytes":60,"last":"2026-11-23T03:00:00Z","samples":["GET /healthz\u001b[2J"]},
+ {"output":"es","namespace":"web","pod":"cart-1","container":"app","cause":"rejected","rule":"mapping","records":1,"bytes":9,"last":"2026-11-23T03:00:00Z","samples":[]}]}`)
+	}
+	out, _, err := asked(t, collector, "", "logs", "why", "cart", "-n", "shop")
+	want := `shop/cart-0/app, output es: 3 records, 60 bytes, cause rule: no-health
+  a rule or an annotation says that they are not to be sent; the last of 2026-11-23T03:00:00Z
+  | GET /healthz`
+	if err != nil || !strings.HasPrefix(out, want) || strings.ContainsRune(out, '\x1b') || strings.Contains(out, "web/") {
+		t.Errorf("%v, got\n%swant\n%s", err, out, want)
+	}
+	if out, _, err = asked(t, collector, "", "logs", "why", "other"); err != nil || !strings.Contains(out, "No rule, quota or rejection") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

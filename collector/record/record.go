@@ -78,8 +78,8 @@ type Resource struct {
 
 // Origin is the place of a record in its file generation: half-open byte
 // range [Offset, End) of all physical lines that were joined to it. File is the
-// identity of the generation (device, inode, hash of the first line). Together
-// they name the record for ever, so a record sent twice has one id.
+// identity of the generation, and of the length where several lines were joined.
+// File and Offset name the record for ever, so a record sent twice has one id.
 type Origin struct {
 	File   string
 	Path   string

@@ -260,16 +260,18 @@ func checkPods(t *testing.T, o *unstructured.Unstructured) {
 	}
 }
 
-// Of the node's folders the collector may write to its own only.
-func TestTheCollectorWritesToItsStateOnly(t *testing.T) {
+// Of the node's folders the collector may write to its own only, and to the one
+// above the logs where it keeps their second names.
+func TestWhereTheCollectorWrites(t *testing.T) {
 	for name, v := range variants(t) {
 		r := render(t, v, options())
 		if len(ofKind(r, "ConfigMap")) == 0 {
 			continue
 		}
 		d := get[*appsv1.DaemonSet](t, r, "DaemonSet", "outrigger-collector")
+		spool := strings.Contains(get[*corev1.ConfigMap](t, r, "ConfigMap", "outrigger-collector").Data["collector.yaml"], "spool: /")
 		for _, m := range d.Spec.Template.Spec.Containers[0].VolumeMounts {
-			if m.ReadOnly == (m.Name == "state") {
+			if m.ReadOnly == (m.Name == "state" || m.Name == "logs" && spool) {
 				t.Errorf("%s: %s: read only is %v", name, m.MountPath, m.ReadOnly)
 			}
 		}

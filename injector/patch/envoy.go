@@ -46,6 +46,10 @@ func envoy(s Settings, w wish, sidecar corev1.Container) (agent, proxy corev1.Co
 			"--log-level", w.logLevel,
 			// Nobody takes over from it in the same pod, and its root is read only.
 			"--disable-hot-restart",
+			// A listener that was replaced lets its connections go, or they would be
+			// judged by the policy of before for as long as they last.
+			"--drain-time-s", "5",
+			"--drain-strategy", "immediate",
 		},
 		Resources:       w.resources,
 		VolumeMounts:    []corev1.VolumeMount{{Name: envoyVolume, MountPath: envoyDir}},

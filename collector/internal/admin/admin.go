@@ -27,30 +27,32 @@ type Options struct {
 	Gatherer prometheus.Gatherer
 	// Ready says why the collector does not work; nil when it does.
 	Ready func() error
-	// Audit is rendered as JSON.
-	Audit func() any
+	// Audit and Why are rendered as JSON.
+	Audit, Why func() any
 	// Store serves all else under /api/v1/; nil where there is no store. It
 	// bounds its own answers in time, since some are streams.
 	Store http.Handler
 }
 
-// Handler serves /healthz, /ready, /metrics, /api/v1/audit and the store.
+// Handler serves /healthz, /ready, /metrics, /api/v1/audit, /api/v1/why and the store.
 func Handler(o Options) http.Handler {
 	own := http.NewServeMux()
 	program.Operate(own, o.Ready, o.Gatherer, o.Log)
-	own.HandleFunc("GET /api/v1/audit", func(w http.ResponseWriter, _ *http.Request) {
-		b, err := json.MarshalIndent(o.Audit(), "", "  ")
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		program.Answer(w, o.Log, http.StatusOK, string(b)+"\n")
-	})
 	bounded := http.TimeoutHandler(own, writeTimeout, "timed out\n")
 	mux := http.NewServeMux()
 	mux.Handle("/", bounded)
-	mux.Handle("GET /api/v1/audit", bounded)
+	for path, show := range map[string]func() any{"GET /api/v1/audit": o.Audit, "GET /api/v1/why": o.Why} {
+		mux.Handle(path, bounded)
+		own.HandleFunc(path, func(w http.ResponseWriter, _ *http.Request) {
+			b, err := json.MarshalIndent(show(), "", "  ")
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusInternalServerError)
+				return
+			}
+			w.Header().Set("Content-Type", "application/json")
+			program.Answer(w, o.Log, http.StatusOK, string(b)+"\n")
+		})
+	}
 	if o.Store != nil {
 		mux.Handle("/api/v1/", o.Store)
 	} else {

@@ -7,9 +7,20 @@
 //	node: worker-3                    # host.name; default $NODE_NAME, or the host's name
 //	logs:
 //	  folder: /var/log/pods           # default
+//	  linkedFolders: [/var/lib/docker/containers] # into which symbolic links may lead; default none
+//	  spool: /var/log/outrigger       # second names of files that are not settled; same file system as folder
+//	  spoolBytes: 1073741824          # unread bytes of deleted files that are kept
+//	  files:                          # single files beside the containers' logs
+//	  - {name: nginx, paths: [/var/log/nginx/*.log], service: nginx, format: text}
+//	  rules: [{name: no-health, match: {body: /healthz}, drop: true}]  # see docs/rules.md
+//	  quotas: [{name: all, bytesPerSecond: 1048576, action: warn}]
 //	  outputs: [local, es]            # names from outputs below; each gets every line
-//	  batch: {maxRecords: 1000, maxBytes: 1048576, linger: 200ms}
-//	  inFlight: 4096                  # records of one output read and not acknowledged
+//	  batch: {maxRecords: 2000, maxBytes: 1048576, linger: 200ms}
+//	  inFlight: 16384                 # records of one output read and not acknowledged
+//	kubernetes:                       # what the API knows of the node's pods; default none
+//	  watch: true                     # one watch of this node's pods, one of namespaces
+//	  kubelet: https://10.0.0.5:10250 # asked for pods that the watch does not know yet; default none
+//	  kubeletCAFile: /etc/kubelet-ca.crt
 //	metrics:
 //	  host: true                      # CPU, memory, disk, network of the node; default false
 //	  hostRoot: /                     # where the node's file system is mounted
@@ -33,6 +44,8 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/url"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -44,6 +57,9 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/logstash"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/otlp"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/scrape"
 	"github.com/outrigger-mesh/outrigger/collector/internal/store"
 )
@@ -63,21 +79,54 @@ const (
 
 // Config is the whole file.
 type Config struct {
-	Admin   string            `yaml:"admin"`
-	DataDir string            `yaml:"dataDir"`
-	Cluster string            `yaml:"cluster"`
-	Node    string            `yaml:"node"`
-	Logs    *Logs             `yaml:"logs"`
-	Metrics *Metrics          `yaml:"metrics"`
-	Outputs map[string]Output `yaml:"outputs"`
+	Admin   string   `yaml:"admin"`
+	DataDir string   `yaml:"dataDir"`
+	Cluster string   `yaml:"cluster"`
+	Node    string   `yaml:"node"`
+	Logs    *Logs    `yaml:"logs"`
+	Metrics *Metrics `yaml:"metrics"`
+	// Kubernetes is what is asked of the cluster; nil asks nothing.
+	Kubernetes *Kubernetes       `yaml:"kubernetes"`
+	Outputs    map[string]Output `yaml:"outputs"`
 }
 
 // Logs says which logs are read and where they go.
 type Logs struct {
-	Folder   string   `yaml:"folder"`
-	Outputs  []string `yaml:"outputs"`
-	Batch    Batch    `yaml:"batch"`
-	InFlight int      `yaml:"inFlight"`
+	Folder        string   `yaml:"folder"`
+	LinkedFolders []string `yaml:"linkedFolders"`
+	Spool         string   `yaml:"spool"`
+	SpoolBytes    int64    `yaml:"spoolBytes"`
+	Files         []Files  `yaml:"files"`
+	Outputs       []string `yaml:"outputs"`
+	Batch         Batch    `yaml:"batch"`
+	InFlight      int      `yaml:"inFlight"`
+	// Rules and quotas, as package rules describes them.
+	rules.Config `yaml:",inline"`
+}
+
+// Kubernetes says whom to ask what is known of pods.
+type Kubernetes struct {
+	// Watch the pods of this node and the namespaces at the API server. The address
+	// and the token are those that Kubernetes gives every pod, unless Server says another.
+	Watch     bool   `yaml:"watch"`
+	Server    string `yaml:"server"`
+	CAFile    string `yaml:"caFile"`
+	TokenFile string `yaml:"tokenFile"`
+	// Kubelet of this node, as https://10.0.0.5:10250. Needs the right to get
+	// nodes/pods (before Kubernetes 1.33: nodes/proxy, which is much more).
+	Kubelet         string `yaml:"kubelet"`
+	KubeletCAFile   string `yaml:"kubeletCAFile"`
+	KubeletInsecure bool   `yaml:"kubeletInsecure"` // its certificate is not checked
+	// Wait is how long the lines of a new pod wait for what is known of it. Default 5s.
+	Wait time.Duration `yaml:"wait"`
+}
+
+// Files are single files that are read.
+type Files struct {
+	Name    string   `yaml:"name"`
+	Paths   []string `yaml:"paths"`
+	Service string   `yaml:"service"` // service.name; default the name
+	Format  string   `yaml:"format"`  // text (default), cri or docker
 }
 
 // Batch bounds what an output gets at once. Zero is the default.
@@ -102,6 +151,16 @@ type Output struct {
 	Elasticsearch *elasticsearch.Config `yaml:"elasticsearch"`
 	Fluentd       *fluentd.Config       `yaml:"fluentd"`
 	InfluxDB      *influxdb.Config      `yaml:"influxdb"`
+	Logstash      *logstash.Config      `yaml:"logstash"`
+	OTLP          *otlp.Config          `yaml:"otlp"`
+}
+
+// kinds are the names of the outputs' kinds.
+func kinds() (names []string) {
+	for f := range reflect.TypeFor[Output]().Fields() {
+		names = append(names, f.Tag.Get("yaml"))
+	}
+	return names
 }
 
 // Parse reads and checks a configuration. The error has one line for each thing
@@ -239,6 +298,19 @@ func (c *Config) validate() error {
 			seen[name] = true
 		}
 	}
+	if k := c.Kubernetes; k != nil {
+		for field, value := range map[string]string{"kubernetes.server": k.Server, "kubernetes.kubelet": k.Kubelet} {
+			if u, err := url.Parse(value); value != "" && (err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http") {
+				bad("%s: %q is not an address; write https://host:port", field, value)
+			}
+		}
+		if !k.Watch && k.Kubelet == "" {
+			bad("kubernetes: neither watch nor kubelet is there, so nobody would be asked; write watch: true, or remove kubernetes")
+		}
+		if k.Wait < 0 || k.Wait > time.Minute {
+			bad("kubernetes.wait: %s is not between 0s and 1m0s", k.Wait)
+		}
+	}
 	if l := c.Logs; l != nil {
 		if len(l.Outputs) == 0 {
 			bad("logs.outputs is empty: name at least one of outputs, or remove logs")
@@ -252,6 +324,10 @@ func (c *Config) validate() error {
 		within("logs.batch.maxRecords", l.Batch.MaxRecords, maxBatch)
 		within("logs.batch.maxBytes", l.Batch.MaxBytes, maxBatchBytes)
 		within("logs.inFlight", l.InFlight, maxInFlight)
+		l.validate(bad)
+		if _, err := rules.Compile(l.Config, "", l.Outputs); err != nil {
+			bad("logs: %w", err)
+		}
 		if l.Batch.Linger < 0 || l.Batch.Linger > maxLinger {
 			bad("logs.batch.linger: %s is not between 0s and %s", l.Batch.Linger, maxLinger)
 		}
@@ -271,12 +347,53 @@ func (c *Config) validate() error {
 	return errors.Join(errs...)
 }
 
+func (l *Logs) validate(bad func(format string, args ...any)) {
+	folder := func(field, value string) {
+		if value != "" && !filepath.IsAbs(value) {
+			bad("%s: %q is not an absolute path; write for example /var/log/outrigger", field, value)
+		}
+	}
+	folder("logs.spool", l.Spool)
+	if rel, err := filepath.Rel(l.Folder, l.Spool); l.Spool != "" && err == nil && rel != ".." && !strings.HasPrefix(rel, "../") {
+		bad("logs.spool: %q lies in logs.folder, so that what is kept would be read as logs; write a folder beside it", l.Spool)
+	}
+	if l.SpoolBytes < 0 {
+		bad("logs.spoolBytes: %d is negative; leave it out for 1 GiB", l.SpoolBytes)
+	}
+	for i, f := range l.LinkedFolders {
+		folder(fmt.Sprintf("logs.linkedFolders[%d]", i), f)
+	}
+	seen := map[string]bool{}
+	for i, f := range l.Files {
+		field := fmt.Sprintf("logs.files[%d]", i)
+		switch {
+		case !outputName.MatchString(f.Name):
+			bad("%s.name: %q; write lower-case letters, digits and '-'", field, f.Name)
+		case seen[f.Name]:
+			bad("%s.name: %q is there twice; write another", field, f.Name)
+		}
+		seen[f.Name] = true
+		if len(f.Paths) == 0 {
+			bad("%s.paths is empty; write at least one, for example /var/log/nginx/*.log", field)
+		}
+		for j, p := range f.Paths {
+			folder(fmt.Sprintf("%s.paths[%d]", field, j), p)
+			if _, err := filepath.Match(p, ""); err != nil {
+				bad("%s.paths[%d]: %q is not a pattern: %w", field, j, p, err)
+			}
+		}
+		if !slices.Contains([]string{"", "text", "cri", "docker"}, f.Format) {
+			bad("%s.format: %q is not known; write text, cri or docker", field, f.Format)
+		}
+	}
+}
+
 func (o Output) validate() error {
-	var kinds []string
+	var has []string
 	var errs []error
 	add := func(kind string, set bool, validate func() error) {
 		if set {
-			kinds = append(kinds, kind)
+			has = append(has, kind)
 			errs = append(errs, validate())
 		}
 	}
@@ -284,8 +401,10 @@ func (o Output) validate() error {
 	add("elasticsearch", o.Elasticsearch != nil, func() error { return o.Elasticsearch.Validate() })
 	add("fluentd", o.Fluentd != nil, func() error { return o.Fluentd.Validate() })
 	add("influxdb", o.InfluxDB != nil, func() error { return o.InfluxDB.Validate() })
-	if len(kinds) != 1 {
-		return fmt.Errorf("it has the kinds %s; write exactly one of store, elasticsearch, fluentd, influxdb", list(kinds))
+	add("logstash", o.Logstash != nil, func() error { return o.Logstash.Validate() })
+	add("otlp", o.OTLP != nil, func() error { return o.OTLP.Validate() })
+	if len(has) != 1 {
+		return fmt.Errorf("it has the kinds %s; write exactly one of %s", list(has), list(kinds()))
 	}
 	return errors.Join(errs...)
 }

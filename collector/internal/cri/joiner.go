@@ -22,6 +22,7 @@ type Joined struct {
 	Cut     int // bytes of text over record.MaxBody, cut off
 	Spans   []Span
 	Problem Problem
+	Lines   int // physical ones
 }
 
 // Joiner joins the parts of logical lines. It belongs to one container's log
@@ -38,6 +39,7 @@ type part struct {
 	time  time.Time
 	text  []byte
 	cut   int
+	lines int
 	spans []Span
 }
 
@@ -49,7 +51,7 @@ func (j *Joiner) Add(l Line, p Problem, cut int, at Span) (Joined, bool) {
 	if len(o.spans) == 0 && !l.Partial {
 		j.one[0] = at
 		text, over := limit(l.Text, record.MaxBody)
-		return Joined{Time: l.Time, Stream: l.Stream, Text: text, Cut: cut + over, Spans: j.one[:], Problem: p}, true
+		return Joined{Time: l.Time, Stream: l.Stream, Text: text, Cut: cut + over, Spans: j.one[:], Problem: p, Lines: 1}, true
 	}
 	if len(o.spans) == 0 {
 		o.time = l.Time
@@ -57,6 +59,7 @@ func (j *Joiner) Add(l Line, p Problem, cut int, at Span) (Joined, bool) {
 	text, over := limit(l.Text, record.MaxBody-len(o.text))
 	o.text = append(o.text, text...)
 	o.cut += cut + over
+	o.lines++
 	if n := len(o.spans); n > 0 && o.spans[n-1].File == at.File && o.spans[n-1].End == at.Start {
 		o.spans[n-1].End = at.End
 	} else {
@@ -74,11 +77,17 @@ func (j *Joiner) Flush(s Stream) (Joined, bool) {
 	if len(o.spans) == 0 {
 		return Joined{}, false
 	}
-	out := Joined{Time: o.time, Stream: s, Text: o.text, Cut: o.cut, Spans: o.spans}
+	out := Joined{Time: o.time, Stream: s, Text: o.text, Cut: o.cut, Spans: o.spans, Lines: o.lines}
 	// The memory of a joined line goes with it: thousands of containers would
 	// otherwise each keep the longest line that they ever wrote.
 	*o = part{}
 	return out, true
+}
+
+// Passes reports whether l would come back from Add at once and unchanged, so
+// that the caller need not ask.
+func (j *Joiner) Passes(l Line) bool {
+	return !l.Partial && len(j.open[l.Stream].spans) == 0 && len(l.Text) <= record.MaxBody
 }
 
 // Open reports whether a line is waiting for its end.

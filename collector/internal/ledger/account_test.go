@@ -6,7 +6,7 @@ import "testing"
 // acknowledged and dropped are counted: a count that is wrong shows in the audit.
 func TestAnAccountCanFailToClose(t *testing.T) {
 	l := New()
-	l.Open("f", "/0.log")
+	l.Open("f", "/0.log", "shop/cart-0")
 	l.Written("f", 100)
 	l.Settle("f", Span{0, 40}, Acknowledged)
 	l.files["f"].settled[Acknowledged] -= 10 // as a bug would

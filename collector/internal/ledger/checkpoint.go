@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,9 +30,12 @@ var ErrDamaged = errors.New("checkpoint is damaged")
 type entry struct {
 	File    string           `json:"file,omitempty"`
 	Path    string           `json:"path,omitempty"`
+	Owner   string           `json:"owner,omitempty"`
+	Hour    int64            `json:"hour,omitempty"` // of a row, since 1970
 	Written int64            `json:"written"`
 	Settled map[string]int64 `json:"settled,omitempty"`
-	Offset  int64            `json:"offset"`
+	Records map[string]int64 `json:"records,omitempty"`
+	Offset  int64            `json:"offset,omitempty"`
 	Above   []Span           `json:"above,omitempty"`
 	Gone    bool             `json:"gone,omitempty"`
 }
@@ -39,14 +43,21 @@ type entry struct {
 type document struct {
 	Files []entry `json:"files"`
 	Past  entry   `json:"past"`
+	Rows  []entry `json:"rows,omitempty"`
 }
 
 // Encode returns the ledger as a checkpoint. Equal ledgers give equal bytes.
 func (l *Ledger) Encode() ([]byte, error) {
-	d := document{Files: make([]entry, 0, len(l.files)), Past: l.past.entry("")}
+	d := document{Files: make([]entry, 0, len(l.files)), Past: l.past.entry()}
 	for _, file := range slices.Sorted(maps.Keys(l.files)) {
 		d.Files = append(d.Files, l.files[file].entry(file))
 	}
+	for k, s := range l.rows {
+		e := s.entry()
+		e.Owner, e.Hour = k.owner, k.hour
+		d.Rows = append(d.Rows, e)
+	}
+	slices.SortFunc(d.Rows, func(a, b entry) int { return cmp.Or(cmp.Compare(a.Hour, b.Hour), cmp.Compare(a.Owner, b.Owner)) })
 	body, err := json.Marshal(d)
 	if err != nil {
 		return nil, fmt.Errorf("encode checkpoint: %w", err)
@@ -94,7 +105,10 @@ func Decode(b []byte) (*Ledger, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: past: %w", ErrDamaged, err)
 	}
-	l.past = *past
+	l.past = past.sums
+	if err := l.decodeRows(d.Rows); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
 	if err := l.Check(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
@@ -102,36 +116,96 @@ func Decode(b []byte) (*Ledger, error) {
 }
 
 func (a *account) entry(file string) entry {
-	e := entry{File: file, Path: a.path, Written: a.written, Offset: a.offset, Above: a.above, Gone: a.gone}
-	for c, n := range a.settled {
-		if n > 0 {
-			if e.Settled == nil {
-				e.Settled = map[string]int64{}
-			}
-			e.Settled[Cause(c).String()] = n
-		}
-	}
+	e := a.sums.entry()
+	e.File, e.Path, e.Owner, e.Offset, e.Above, e.Gone = file, a.path, a.owner, a.offset, a.above, a.gone
 	return e
 }
 
-func (e *entry) account() (*account, error) {
-	a := &account{path: e.Path, written: e.Written, offset: e.Offset, above: e.Above, gone: e.Gone}
-	if e.Written < 0 || e.Offset < 0 {
-		return nil, fmt.Errorf("negative count")
+func (s *sums) entry() entry {
+	return entry{Written: s.written, Settled: named(&s.settled), Records: named(&s.records)}
+}
+
+func named(counts *[causes]int64) map[string]int64 {
+	var m map[string]int64
+	for c, n := range counts {
+		if n != 0 {
+			if m == nil {
+				m = map[string]int64{}
+			}
+			m[Cause(c).String()] = n
+		}
 	}
+	return m
+}
+
+func counts(m map[string]int64) (out [causes]int64, err error) {
 	known := 0
 	for c := range causes {
-		n, ok := e.Settled[c.String()]
-		if n < 0 || n > e.Written {
-			return nil, fmt.Errorf("%v is %d of %d written", c, n, e.Written)
+		n, ok := m[c.String()]
+		if n < 0 {
+			return out, fmt.Errorf("%v is %d", c, n)
 		}
-		a.settled[c] = n
+		out[c] = n
 		if ok {
 			known++
 		}
 	}
-	if known != len(e.Settled) {
-		return nil, fmt.Errorf("unknown cause in %v", slices.Sorted(maps.Keys(e.Settled)))
+	if known != len(m) {
+		return out, fmt.Errorf("unknown cause in %v", slices.Sorted(maps.Keys(m)))
+	}
+	return out, nil
+}
+
+func (e *entry) sums() (s sums, err error) {
+	if e.Written < 0 {
+		return s, fmt.Errorf("written is %d", e.Written)
+	}
+	s.written = e.Written
+	if s.settled, err = counts(e.Settled); err == nil {
+		s.records, err = counts(e.Records)
+	}
+	return s, err
+}
+
+// decodeRows takes the rows. A checkpoint of a version that had none gets one.
+func (l *Ledger) decodeRows(rows []entry) error {
+	if len(rows) > MaxRows+1 {
+		return fmt.Errorf("%d rows; at most %d", len(rows), MaxRows+1)
+	}
+	for _, e := range rows {
+		s, err := e.sums()
+		if err != nil {
+			return fmt.Errorf("row of %.80q: %w", e.Owner, err)
+		}
+		k := rowKey{e.Owner, e.Hour}
+		if l.rows[k] != nil {
+			return fmt.Errorf("the row of %.80q and hour %d is there twice", e.Owner, e.Hour)
+		}
+		l.rows[k] = &s
+	}
+	if len(rows) == 0 && (len(l.files) > 0 || l.past != sums{}) {
+		all := l.past
+		for _, a := range l.files {
+			all.add(&a.sums)
+		}
+		l.rows[rowKey{}] = &all
+	}
+	return nil
+}
+
+func (e *entry) account() (*account, error) {
+	if e.Offset < 0 {
+		return nil, fmt.Errorf("offset is %d", e.Offset)
+	}
+	s, err := e.sums()
+	if err != nil {
+		return nil, err
+	}
+	a := &account{path: e.Path, owner: e.Owner, offset: e.Offset, above: e.Above, gone: e.Gone, sums: s}
+	for c, n := range s.settled {
+		if n > e.Written {
+			return nil, fmt.Errorf("%v is %d of %d written", Cause(c), n, e.Written)
+		}
 	}
 	for _, s := range e.Above {
 		if s.Start < 0 || s.End > e.Written {

@@ -37,11 +37,17 @@ const (
 	TooLong            // the end of a line over record.MaxBody
 	RotatedAway        // deleted before it could be read
 	Truncated          // overwritten in place before it could be read
+	Unreadable         // the file system or the compressed file does not give it back
+	ByRule             // a rule or an annotation says that it is not to be sent
+	ByQuota            // its namespace is over its quota
+	Routed             // a rule sends it to other outputs only
 	causes
 )
 
 // Drops are the causes of a drop, for whoever lists them.
-func Drops() []Cause { return []Cause{Rejected, TooLong, RotatedAway, Truncated} }
+func Drops() []Cause {
+	return []Cause{Rejected, TooLong, RotatedAway, Truncated, Unreadable, ByRule, ByQuota, Routed}
+}
 
 // String is the name in metrics, in the audit and in the checkpoint.
 func (c Cause) String() string {
@@ -56,17 +62,29 @@ func (c Cause) String() string {
 		return "rotated_away"
 	case Truncated:
 		return "truncated"
+	case Unreadable:
+		return "unreadable"
+	case ByRule:
+		return "rule"
+	case ByQuota:
+		return "quota"
+	case Routed:
+		return "routed"
 	default:
 		return fmt.Sprintf("cause %d", uint8(c))
 	}
 }
 
-// Totals are one side and the other of the account, in bytes.
+// Totals are one side and the other of the account, in bytes, and beside it the
+// records that the bytes were; what was never read has bytes only.
 type Totals struct {
 	Written      int64            `json:"written"`
 	Acknowledged int64            `json:"acknowledged"`
 	Dropped      map[string]int64 `json:"dropped,omitempty"`
 	Pending      int64            `json:"pending"`
+
+	Records        int64            `json:"records,omitempty"` // acknowledged
+	DroppedRecords map[string]int64 `json:"dropped_records,omitempty"`
 }
 
 // Statement is the account of one file generation.
@@ -84,13 +102,28 @@ type Position struct {
 	Above  []Span
 }
 
-type account struct {
-	path    string
+// sums are what an account, or one hour of a pod, adds up to.
+type sums struct {
 	written int64
-	settled [causes]int64
-	offset  int64
-	above   []Span
-	gone    bool
+	settled [causes]int64 // bytes
+	records [causes]int64
+}
+
+func (s *sums) add(o *sums) {
+	s.written += o.written
+	for c := range causes {
+		s.settled[c] += o.settled[c]
+		s.records[c] += o.records[c]
+	}
+}
+
+type account struct {
+	path  string
+	owner string
+	sums
+	offset int64
+	above  []Span
+	gone   bool
 }
 
 func (a *account) taken() (n int64) {
@@ -119,29 +152,61 @@ type Ledger struct {
 	files map[string]*account
 	// past holds the closed accounts of generations that are gone and settled,
 	// so that totals do not shrink when files are deleted.
-	past account
+	past sums
+	// rows hold the same sums a second time, by owner and hour.
+	rows map[rowKey]*sums
+	hour int64 // of the clock, in hours since 1970
 }
 
 // New returns an empty ledger.
-func New() *Ledger { return &Ledger{files: map[string]*account{}} }
+func New() *Ledger { return &Ledger{files: map[string]*account{}, rows: map[rowKey]*sums{}} }
 
 // Open makes sure that the generation has an account, and returns where to go
-// on in it. The path is for people and may change; the file is the identity.
-func (l *Ledger) Open(file, path string) Position {
+// on in it. The path and the owner (namespace/pod) are for people and may
+// change; the file is the identity.
+func (l *Ledger) Open(file, path, owner string) Position {
 	a := l.files[file]
 	if a == nil {
 		a = &account{}
 		l.files[file] = a
 	}
-	a.path, a.gone = path, false
+	a.path, a.owner, a.gone = path, owner, false
 	return Position{Offset: a.offset, Above: slices.Clone(a.above)}
+}
+
+// Find returns the open account for which match is true; of several the first
+// by name.
+func (l *Ledger) Find(match func(file, path string) bool) (file string, ok bool) {
+	for f, a := range l.files {
+		if (!ok || f < file) && match(f, a.path) {
+			file, ok = f, true
+		}
+	}
+	return file, ok
+}
+
+// Pending is how many written bytes of the generation are not settled.
+func (l *Ledger) Pending(file string) int64 {
+	if a := l.files[file]; a != nil {
+		return a.pending()
+	}
+	return 0
 }
 
 // Written notes the size of the generation by stat. It never shrinks: what was
 // once seen has to be accounted for.
 func (l *Ledger) Written(file string, size int64) {
 	if a := l.files[file]; a != nil && size > a.written {
+		l.row(a).written += size - a.written
 		a.written = size
+	}
+}
+
+// Count notes that records of the generation were settled with the cause.
+func (l *Ledger) Count(file string, c Cause, records int64) {
+	if a := l.files[file]; a != nil && c < causes {
+		a.records[c] += records
+		l.row(a).records[c] += records
 	}
 }
 
@@ -165,8 +230,11 @@ func (l *Ledger) settle(file string, s Span, c Cause, cut int64) int64 {
 	cut = min(cut, n)
 	a.settled[c] += n - cut
 	a.settled[TooLong] += cut
+	row := l.row(a)
+	row.settled[c] += n - cut
+	row.settled[TooLong] += cut
 	// Bytes that a record was made of were written, whatever stat said last.
-	a.written = max(a.written, a.taken(), s.End)
+	l.Written(file, max(a.taken(), s.End))
 	l.retire(file, a)
 	return n
 }
@@ -221,10 +289,7 @@ func (l *Ledger) retire(file string, a *account) {
 	if !a.gone || a.pending() != 0 {
 		return
 	}
-	l.past.written += a.written
-	for c, n := range a.settled {
-		l.past.settled[c] += n
-	}
+	l.past.add(&a.sums)
 	delete(l.files, file)
 }
 
@@ -263,11 +328,8 @@ func (l *Ledger) Files() []Statement {
 func (l *Ledger) Total() Totals {
 	sum, pending := l.past, int64(0)
 	for _, a := range l.files {
-		sum.written += a.written
+		sum.add(&a.sums)
 		pending += a.pending()
-		for c, n := range a.settled {
-			sum.settled[c] += n
-		}
 	}
 	return sum.totals(pending)
 }
@@ -291,22 +353,29 @@ func (l *Ledger) Check() error {
 			return fmt.Errorf("account of %s (%s): position covers %d bytes, settled are %d, written %d", file, a.path, covered, a.taken(), a.written)
 		}
 	}
-	return nil
+	return l.checkRows()
 }
 
 func (a *account) statement(file string) Statement {
 	return Statement{File: file, Path: a.path, Totals: a.totals(a.pending())}
 }
 
-func (a *account) totals(pending int64) Totals {
-	t := Totals{Written: a.written, Acknowledged: a.settled[Acknowledged], Pending: pending}
-	for _, c := range Drops() {
-		if n := a.settled[c]; n > 0 {
-			if t.Dropped == nil {
-				t.Dropped = map[string]int64{}
+func (s *sums) totals(pending int64) Totals {
+	t := Totals{Written: s.written, Acknowledged: s.settled[Acknowledged], Pending: pending, Records: s.records[Acknowledged]}
+	note := func(m *map[string]int64, c Cause, n int64) {
+		if n > 0 {
+			if *m == nil {
+				*m = map[string]int64{}
 			}
-			t.Dropped[c.String()] = n
+			(*m)[c.String()] = n
 		}
+	}
+	for _, c := range Drops() {
+		note(&t.Dropped, c, s.settled[c])
+		note(&t.DroppedRecords, c, s.records[c])
 	}
 	return t
 }
+
+// Settled reports whether nothing of the generation is pending.
+func (l *Ledger) Settled(file string) bool { return l.Pending(file) == 0 }

@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -17,14 +18,14 @@ import (
 // and what is above it is known exactly.
 func TestOutOfOrder(t *testing.T) {
 	l := ledger.New()
-	l.Open("f", "/0.log")
+	l.Open("f", "/0.log", "shop/cart-0")
 	l.Written("f", 500)
 	f := func(start, end int64, c ledger.Cause, added int64, want ledger.Position) {
 		t.Helper()
 		if n := l.Settle("f", ledger.Span{Start: start, End: end}, c); n != added {
 			t.Errorf("Settle(%d, %d) = %d; want %d", start, end, n, added)
 		}
-		if d := cmp.Diff(want, l.Open("f", "/0.log")); d != "" {
+		if d := cmp.Diff(want, l.Open("f", "/0.log", "shop/cart-0")); d != "" {
 			t.Errorf("after Settle(%d, %d), position (-want +got):\n%s", start, end, d)
 		}
 		if err := l.Check(); err != nil {
@@ -49,7 +50,7 @@ func TestOutOfOrder(t *testing.T) {
 // comes, and the account closes then. The totals never shrink.
 func TestGiveUpAndRetire(t *testing.T) {
 	l := ledger.New()
-	l.Open("f", "/0.log")
+	l.Open("f", "/0.log", "shop/cart-0")
 	l.Written("f", 100)
 	l.Settle("f", ledger.Span{Start: 0, End: 10}, ledger.Acknowledged)
 	if n := l.GiveUp("f", 30, ledger.Truncated); n != 70 {
@@ -70,7 +71,7 @@ func TestGiveUpAndRetire(t *testing.T) {
 func TestAbsent(t *testing.T) {
 	l := ledger.New()
 	for _, file := range []string{"here", "settled", "lost"} {
-		l.Open(file, "/"+file)
+		l.Open(file, "/"+file, "shop/cart-0")
 		l.Written(file, 10)
 	}
 	l.Settle("settled", ledger.Span{End: 10}, ledger.Acknowledged)
@@ -87,7 +88,7 @@ func TestAbsent(t *testing.T) {
 
 func TestCheckpoint(t *testing.T) {
 	l := ledger.New()
-	l.Open("f", "/var/log/pods/shop_cart-0_u/cart/0.log")
+	l.Open("f", "/var/log/pods/shop_cart-0_u/cart/0.log", "shop/cart-0")
 	l.Written("f", 100)
 	l.Acknowledge("f", ledger.Span{Start: 0, End: 10}, 3)
 	l.Settle("f", ledger.Span{Start: 40, End: 60}, ledger.Rejected)
@@ -102,7 +103,7 @@ func TestCheckpoint(t *testing.T) {
 	if d := cmp.Diff(l.Files(), back.Files()); d != "" {
 		t.Errorf("files (-want +got):\n%s", d)
 	}
-	if d := cmp.Diff(l.Open("f", "p"), back.Open("f", "p")); d != "" {
+	if d := cmp.Diff(l.Open("f", "p", "shop/cart-0"), back.Open("f", "p", "shop/cart-0")); d != "" {
 		t.Errorf("position (-want +got):\n%s", d)
 	}
 	for i := range b {
@@ -123,7 +124,7 @@ func TestRandomOrder(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	const n = 1000
 	l := ledger.New()
-	l.Open("f", "/0.log")
+	l.Open("f", "/0.log", "shop/cart-0")
 	l.Written("f", n*7)
 	done := make([]bool, n)
 	for step, i := range rng.Perm(n) {
@@ -139,7 +140,7 @@ func TestRandomOrder(t *testing.T) {
 		if l, err = ledger.Decode(b); err != nil {
 			t.Fatal(err)
 		}
-		p := l.Open("f", "/0.log")
+		p := l.Open("f", "/0.log", "shop/cart-0")
 		for r, d := range done {
 			start := int64(r) * 7
 			covered := start < p.Offset
@@ -151,7 +152,7 @@ func TestRandomOrder(t *testing.T) {
 			}
 		}
 	}
-	if total := l.Total(); total.Pending != 0 || l.Open("f", "").Offset != n*7 {
+	if total := l.Total(); total.Pending != 0 || l.Open("f", "", "shop/cart-0").Offset != n*7 {
 		t.Errorf("at the end %+v", total)
 	}
 }
@@ -160,7 +161,7 @@ func TestRandomOrder(t *testing.T) {
 // of the inputs get a right header, or the fuzzer would never pass the checksum.
 func FuzzDecode(f *testing.F) {
 	l := ledger.New()
-	l.Open("f", "/0.log")
+	l.Open("f", "/0.log", "shop/cart-0")
 	l.Settle("f", ledger.Span{Start: 4, End: 9}, ledger.Acknowledged)
 	b, err := l.Encode()
 	if err != nil {
@@ -197,4 +198,52 @@ func FuzzDecode(f *testing.F) {
 			t.Fatal(d)
 		}
 	})
+}
+
+// The rows by owner and hour add up to the whole, whatever the hour in which
+// something was settled, and through a checkpoint.
+func TestRows(t *testing.T) {
+	at := time.Date(2026, 11, 23, 3, 10, 0, 0, time.UTC)
+	l := ledger.New()
+	l.Clock(at)
+	l.Open("a", "/a", "shop/cart-0")
+	l.Open("b", "/b", "shop/web-0")
+	l.Written("a", 100)
+	l.Written("b", 50)
+	l.Count("a", ledger.Acknowledged, 2)
+	l.Settle("a", ledger.Span{End: 40}, ledger.Acknowledged)
+	l.Clock(at.Add(time.Hour))
+	l.Count("a", ledger.ByRule, 3)
+	l.Settle("a", ledger.Span{Start: 40, End: 100}, ledger.ByRule)
+	l.Gone("a")
+	hour := at.Truncate(time.Hour)
+	want := []ledger.Row{
+		{Owner: "shop/cart-0", Hour: hour, Totals: ledger.Totals{Written: 100, Acknowledged: 40, Records: 2, Pending: 60}},
+		{Owner: "shop/web-0", Hour: hour, Totals: ledger.Totals{Written: 50, Pending: 50}},
+		{Owner: "shop/cart-0", Hour: hour.Add(time.Hour), Totals: ledger.Totals{Dropped: map[string]int64{"rule": 60}, DroppedRecords: map[string]int64{"rule": 3}, Pending: -60}},
+	}
+	b, err := l.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := ledger.Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []*ledger.Ledger{l, back} {
+		if d := cmp.Diff(want, x.Rows()); d != "" {
+			t.Errorf("rows (-want +got):\n%s", d)
+		}
+		if err := x.Check(); err != nil {
+			t.Error(err)
+		}
+	}
+	back.Clock(at.Add((ledger.KeepRows + 1) * time.Hour))
+	want = []ledger.Row{{Totals: ledger.Totals{Written: 150, Acknowledged: 40, Records: 2, Dropped: map[string]int64{"rule": 60}, DroppedRecords: map[string]int64{"rule": 3}, Pending: 50}}}
+	if d := cmp.Diff(want, back.Rows()); d != "" {
+		t.Errorf("rows a day later (-want +got):\n%s", d)
+	}
+	if err := back.Check(); err != nil {
+		t.Error(err)
+	}
 }

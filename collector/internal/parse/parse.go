@@ -7,7 +7,6 @@
 package parse
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -15,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 	"unicode/utf8"
 
 	"github.com/outrigger-mesh/outrigger/collector/record"
@@ -28,6 +26,9 @@ const MaxDepth = 16
 // Outcome says how a line was understood.
 type Outcome struct {
 	Structured bool
+	// Failed says that the line is not what its parser was made for. It stays
+	// whole in the body.
+	Failed bool
 	// Left is the number of fields that were not lifted into attributes, because
 	// there were more than record.MaxAttributes, the name was longer than
 	// record.MaxName, or two fields had one name. The body is then the whole
@@ -43,6 +44,9 @@ func Record(r *record.Record) Outcome {
 		r.Body = strings.ToValidUTF8(r.Body, "\uFFFD")
 	}
 	if body := strings.TrimSpace(r.Body); len(body) > 2 && body[0] == '{' && body[len(body)-1] == '}' {
+		if quick(r, body) {
+			return Outcome{Structured: true}
+		}
 		if object, ok := decode(body); ok {
 			return structured(r, object)
 		}
@@ -111,44 +115,22 @@ func exact(v any) any {
 	return v
 }
 
+// structured is the whole of what is done with an object. It is slow, and right
+// for every object; quick is for those of which nothing is left.
 func structured(r *record.Record, object map[string]any) Outcome {
 	out := Outcome{Structured: true}
 	line := r.Body
 	f := flattener{fields: make(map[string]any, len(object))}
 	f.object("", object, 1)
-	fields := f.fields
 	out.Left = f.left
 
-	if name, s, ok := first(fields, "message", "msg"); ok {
-		r.Body = s
-		delete(fields, name)
-	}
-	for _, name := range [...]string{"log.level", "level", "severity", "lvl"} {
-		if level := Level(fields[name]); level != "" {
-			r.Level = level
-			delete(fields, name)
-			break
+	var known known
+	for name, v := range f.fields {
+		if known.take(name, v) {
+			delete(f.fields, name)
 		}
 	}
-	if name, s, ok := first(fields, "trace.id", "trace_id", "traceId", "traceID"); ok && hex(s, 32) {
-		r.TraceID = strings.ToLower(s)
-		delete(fields, name)
-	}
-	if name, s, ok := first(fields, "span.id", "span_id", "spanId", "spanID"); ok && hex(s, 16) {
-		r.SpanID = strings.ToLower(s)
-		delete(fields, name)
-	}
-	if name, s, ok := first(fields, "service.name"); ok {
-		r.Service = s
-		delete(fields, name)
-	}
-	for _, name := range [...]string{"@timestamp", "time", "timestamp", "ts"} {
-		if t, ok := stamp(fields[name]); ok {
-			r.Time = t
-			delete(fields, name)
-			break
-		}
-	}
+	fields := known.lift(r, f.fields)
 	if over := len(fields) - record.MaxAttributes; over > 0 {
 		for _, name := range slices.Sorted(maps.Keys(fields))[record.MaxAttributes:] {
 			delete(fields, name)
@@ -194,38 +176,12 @@ func (f *flattener) object(prefix string, o map[string]any, depth int) {
 	}
 }
 
-// first returns the first of the names whose value is a string with text in it.
-func first(fields map[string]any, names ...string) (name, value string, ok bool) {
-	for _, name := range names {
-		if s, ok := fields[name].(string); ok && s != "" {
-			return name, s, true
-		}
-	}
-	return "", "", false
-}
-
 // Level returns the ECS level that a field means, or "". Numbers are those of
 // bunyan and pino (10 trace to 60 fatal).
 func Level(v any) string {
 	switch v := v.(type) {
 	case string:
-		if len(v) > 12 {
-			return ""
-		}
-		switch strings.ToLower(v) {
-		case "trace":
-			return "trace"
-		case "debug":
-			return "debug"
-		case "info", "information", "notice":
-			return "info"
-		case "warn", "warning":
-			return "warn"
-		case "error", "err":
-			return "error"
-		case "fatal", "critical", "crit", "panic", "dpanic", "alert", "emerg", "emergency":
-			return "fatal"
-		}
+		return levelOf(v)
 	case float64:
 		switch v {
 		case 10:
@@ -245,75 +201,46 @@ func Level(v any) string {
 	return ""
 }
 
-// stamp reads RFC 3339. Years that do not fit nanoseconds in 64 bits are no time.
-func stamp(v any) (time.Time, bool) {
-	s, ok := v.(string)
-	if !ok || len(s) < len("2006-01-02T15:04:05Z") || len(s) > 40 {
-		return time.Time{}, false
-	}
-	t, err := time.Parse(time.RFC3339Nano, s)
-	if err != nil || t.Year() < 1970 || t.Year() > 2261 {
-		return time.Time{}, false
-	}
-	return t.UTC(), true
-}
-
-// window is how far into a line of text a level or a trace id is looked for.
-const window = 512
-
-// text takes what a line of text says in a way that cannot be mistaken:
-// level=warn and trace_id=... of logfmt, [WARN], or WARN as its first word.
-func text(r *record.Record) {
-	head := r.Body[:min(len(r.Body), window)]
-	r.Level = leading(head)
-	for word := range strings.FieldsSeq(head) {
-		name, value, ok := strings.Cut(word, "=")
-		if !ok {
-			continue
-		}
-		value = strings.Trim(value, `"`)
-		switch name {
-		case "level", "lvl", "severity", "log.level":
-			if level := Level(value); level != "" {
-				r.Level = level
-			}
-		case "trace_id", "traceId", "traceID", "trace.id":
-			if hex(value, 32) {
-				r.TraceID = strings.ToLower(value)
-			}
-		case "span_id", "spanId", "spanID", "span.id":
-			if hex(value, 16) {
-				r.SpanID = strings.ToLower(value)
-			}
-		}
-	}
-}
-
-// leading reads [error], ERROR or ERROR: at the start. A lower-case first word
-// without brackets is prose.
-func leading(head string) string {
-	if rest, ok := strings.CutPrefix(head, "["); ok {
-		word, _, ok := strings.Cut(rest, "]")
-		if !ok {
-			return ""
-		}
-		return Level(strings.TrimSpace(word))
-	}
-	word, _, _ := strings.Cut(head, " ")
-	word = strings.TrimSuffix(word, ":")
-	if word != strings.ToUpper(word) {
-		return ""
-	}
-	return Level(word)
-}
-
 // hex reports whether s has n hexadecimal digits that are not all zero (W3C
 // Trace Context, section 3.2.2: an id of zeros is no id).
 func hex(s string, n int) bool {
 	if len(s) != n || strings.Trim(s, "0") == "" {
 		return false
 	}
-	return !bytes.ContainsFunc([]byte(s), func(c rune) bool {
-		return (c < '0' || c > '9') && (c < 'a' || c > 'f') && (c < 'A' || c > 'F')
-	})
+	for i := range n {
+		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') && (c < 'A' || c > 'F') {
+			return false
+		}
+	}
+	return true
+}
+
+// levelOf is Level of a word, in any case.
+func levelOf(s string) string {
+	if len(s) < 3 || len(s) > 12 {
+		return ""
+	}
+	var lower [12]byte
+	for i := range len(s) {
+		c := s[i]
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		lower[i] = c
+	}
+	switch string(lower[:len(s)]) {
+	case "trace":
+		return "trace"
+	case "debug":
+		return "debug"
+	case "info", "information", "notice":
+		return "info"
+	case "warn", "warning":
+		return "warn"
+	case "error", "err":
+		return "error"
+	case "fatal", "critical", "crit", "panic", "dpanic", "alert", "emerg", "emergency":
+		return "fatal"
+	}
+	return ""
 }

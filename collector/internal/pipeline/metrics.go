@@ -10,9 +10,9 @@ import (
 
 // Metrics of all Pipelines of a process.
 type Metrics struct {
-	records, bytes, dropped, droppedBytes, retries, deadLetters *prometheus.CounterVec
-	pending, inFlight, breaker                                  *prometheus.GaugeVec
-	fieldsLeft, checkpointErrors, damaged                       prometheus.Counter
+	records, bytes, dropped, droppedBytes, retries, deadLetters, problems, ruled, parseFailed, redacted, warned *prometheus.CounterVec
+	pending, inFlight, breaker, concurrency                                                                     *prometheus.GaugeVec
+	fieldsLeft, checkpointErrors, damaged                                                                       prometheus.Counter
 }
 
 // NewMetrics registers the metrics.
@@ -34,12 +34,18 @@ func NewMetrics(reg prometheus.Registerer) (*Metrics, error) {
 		return c
 	}
 	m := &Metrics{
-		records:          counter("outrigger_log_records_total", "Log records settled, by what became of them: acknowledged by the backend, or rejected by it.", "output", "result"),
+		records:          counter("outrigger_log_records_total", "Log records settled, by what became of them: acknowledged by the backend, rejected by it, or dropped with a cause.", "output", "result"),
 		bytes:            counter("outrigger_log_bytes_total", "Bytes of log files whose records the backend acknowledged.", "output"),
 		dropped:          counter("outrigger_log_dropped_total", "Times that something was dropped, by cause: rejected and too_long count records, rotated_away and truncated count files.", "output", "cause"),
 		droppedBytes:     counter("outrigger_log_dropped_bytes_total", "Bytes of log files that were dropped, by cause.", "output", "cause"),
 		retries:          counter("outrigger_output_retries_total", "Attempts that sent something again.", "output"),
 		deadLetters:      counter("outrigger_log_dead_letters_total", "Rejected records, by result: written to the dead letters, full (the file is at its limit) or failed (it could not be written).", "output", "result"),
+		problems:         counter("outrigger_log_annotation_problems_total", "Annotations of pods that are not understood and left out.", "output"),
+		ruled:            counter("outrigger_log_rule_drops_total", "Records that a rule, an annotation or a quota dropped or sent elsewhere.", "output", "rule"),
+		parseFailed:      counter("outrigger_log_parse_failures_total", "Records that are not in the format that a rule or an annotation says. They are shipped whole.", "output"),
+		redacted:         counter("outrigger_log_redacted_total", "Secrets that rules replaced in records.", "output"),
+		warned:           counter("outrigger_log_quota_exceeded_total", "Records over a quota whose action is to warn. They are shipped.", "output", "quota"),
+		concurrency:      gauge("outrigger_output_concurrency", "Attempts that may be under way at a time; fewer while the backend is busy or away."),
 		pending:          gauge("outrigger_log_pending_bytes", "Bytes of log files that are written and neither acknowledged nor dropped."),
 		inFlight:         gauge("outrigger_log_in_flight_records", "Records that were read and are not settled."),
 		breaker:          gauge("outrigger_output_breaker_state", "State of the output's circuit breaker: 0 closed, 1 half-open, 2 open."),

@@ -1,13 +1,14 @@
 // Package pipeline carries log records from the files to one output, and
 // accounts for every one of them.
 //
-//	files -> follower -> parse -> batch -> output -> ledger -> checkpoint
+//	files -> follower -> rules -> batch -> output -> ledger -> checkpoint
 //
 // Each output has a Pipeline of its own, with its own cursor over the files, so
 // a dead output delays no other. A Pipeline reads only as much as its output
 // has credit for. It owns what an output must not: retries, backoff, the circuit
-// breaker, dead letters, and the rule that the checkpoint moves only when the
-// backend has acknowledged a record or a stated cause has taken it.
+// breaker, how many batches are under way, dead letters, and the rule that the
+// checkpoint moves only when the backend has acknowledged a record or a stated
+// cause has taken it.
 //
 // It does not know backends (package output) nor how files are followed
 // (package tail). The collector's main makes the Pipelines and runs them.
@@ -21,6 +22,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -28,25 +30,33 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
-	"github.com/outrigger-mesh/outrigger/collector/internal/parse"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
+	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
 // Config of a Pipeline. Zero values mean the defaults.
 type Config struct {
-	Name          string // of the output, as the user calls it
-	Folder        string // logs, as /var/log/pods
-	DataDir       string // checkpoints and dead letters
-	Cluster, Node string
+	Name    string      // of the output, as the user calls it
+	Tail    tail.Config // what is followed; the pipeline adds the policy
+	DataDir string      // checkpoints and dead letters
+	// Rules decide on every record. Nil is an empty configuration's: parse, join
+	// stack traces, keep all.
+	Rules *rules.Set
+	// Meter, if there is one, is told of every record.
+	Meter Meter
 
-	MaxRecords int           // in a batch; default 1000
+	MaxRecords int           // in a batch; default 2000
 	MaxBytes   int           // of bodies in a batch; default 1 MiB
 	Linger     time.Duration // that a batch waits to be full; default 200 ms
 
-	InFlight      int   // records read and not settled; default 4096
+	InFlight      int   // records read and not settled; default 16384
 	InFlightBytes int64 // of their bodies; default 16 MiB
 
-	CheckpointEvery time.Duration // default 1 s
+	// CheckpointEvery is how often a checkpoint is saved that changed: what was acknowledged
+	// since is sent again after a crash. Ten times as long as the last one took, if that
+	// is more. Default 200 ms.
+	CheckpointEvery time.Duration
 	WriteTimeout    time.Duration // of one attempt; default 60 s
 	StopTimeout     time.Duration // for the attempt that is under way at stop; default 10 s
 	MinBackoff      time.Duration // default 100 ms
@@ -55,21 +65,22 @@ type Config struct {
 	BreakerOpen     time.Duration // until it lets one attempt through; default 10 s
 	MaxDeadLetters  int64         // bytes of the file; default 64 MiB
 
-	Grace     time.Duration // see tail.Config
-	Sweep     time.Duration // default 500 ms
-	FullSweep time.Duration // of everything, where hints are to be had; default 5 s
+	Sweep time.Duration // default 500 ms
+	// FullSweep is of everything, where hints are to be had. It becomes rarer, up to
+	// twelve times, while it finds nothing that no hint told of. Default 5 s.
+	FullSweep time.Duration
 	// NoHints is for tests whose clock is a fake one: a goroutine that waits
 	// for the kernel would stop it.
 	NoHints bool
 }
 
 func (c Config) withDefaults() Config {
-	def(&c.MaxRecords, 1000)
+	def(&c.MaxRecords, 2000)
 	def(&c.MaxBytes, 1<<20)
 	def(&c.Linger, 200*time.Millisecond)
-	def(&c.InFlight, 4096)
+	def(&c.InFlight, 16384)
 	def(&c.InFlightBytes, 16<<20)
-	def(&c.CheckpointEvery, time.Second)
+	def(&c.CheckpointEvery, 200*time.Millisecond)
 	def(&c.WriteTimeout, time.Minute)
 	def(&c.StopTimeout, 10*time.Second)
 	def(&c.MinBackoff, 100*time.Millisecond)
@@ -100,13 +111,19 @@ type Pipeline struct {
 
 	book  *book
 	dead  *deadLetters
-	queue chan tail.Entry
+	why   *reasons
+	queue chan *batch
+	spare chan *batch   // to be filled again
 	freed chan struct{} // credit came back
 
 	records atomic.Int64 // in flight
 	bytes   atomic.Int64
 
+	reading reading // of the reader alone
+
+	traits  output.Traits
 	breaker *breaker
+	limiter *limiter
 	// saveFailed is when the last failure to save was told. New uses it, and then the saver.
 	saveFailed time.Time
 }
@@ -116,21 +133,37 @@ type Pipeline struct {
 // are read from their beginning.
 func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.Metrics) (*Pipeline, error) {
 	cfg = cfg.withDefaults()
+	traits := out.Traits()
+	traits.Concurrency = max(1, traits.Concurrency)
+	if n := traits.MaxRecords; n > 0 {
+		cfg.MaxRecords = min(cfg.MaxRecords, n)
+	}
+	if n := traits.MaxBytes; n > 0 {
+		cfg.MaxBytes = min(cfg.MaxBytes, n)
+	}
 	log = log.With("outrigger.output", cfg.Name)
+	if cfg.Rules == nil {
+		var err error
+		if cfg.Rules, err = rules.Compile(rules.Config{}, cfg.Name, []string{cfg.Name}); err != nil {
+			return nil, err
+		}
+	}
 	if err := os.MkdirAll(cfg.DataDir, 0o750); err != nil {
 		return nil, fmt.Errorf("dataDir %s cannot be made: %w; name a folder that this user may write to", cfg.DataDir, err)
 	}
 	p := &Pipeline{
 		cfg: cfg, out: out, log: log, metrics: m, tailM: tm,
-		// A file's end may give some lines more than there was credit for.
-		queue: make(chan tail.Entry, cfg.InFlight+64),
-		freed: make(chan struct{}, 1),
+		queue:  make(chan *batch, traits.Concurrency+1),
+		spare:  make(chan *batch, 2*traits.Concurrency+2),
+		freed:  make(chan struct{}, 1),
+		traits: traits, limiter: newLimiter(traits.Concurrency, m.concurrency.WithLabelValues(cfg.Name)),
+		why: newReasons(),
 	}
 	l, err := p.load()
 	if err != nil {
 		return nil, err
 	}
-	p.book = &book{l: l, metrics: m, output: cfg.Name, dirty: true}
+	p.book = newBook(l, cfg.Name, m)
 	// The first save tells of a folder that cannot be written to before anything
 	// is read. A disk that is full is no reason not to start: space may come, and
 	// other outputs need none.
@@ -159,7 +192,10 @@ func (p *Pipeline) Run(ctx context.Context) error {
 			hints = h
 		}
 	}
-	f := tail.New(tail.Config{Folder: p.cfg.Folder, Cluster: p.cfg.Cluster, Node: p.cfg.Node, Grace: p.cfg.Grace}, p.book, p.log, p.tailM)
+	p.reading.programs = map[*record.Resource]*rules.Program{}
+	tc := p.cfg.Tail
+	tc.Policy = p.policy
+	f := tail.New(tc, p.book, p.log, p.tailM)
 
 	var work sync.WaitGroup
 	work.Go(func() { p.read(ctx, f, hints) })
@@ -188,16 +224,26 @@ func (p *Pipeline) read(ctx context.Context, f *tail.Follower, hints *tail.Hints
 	}
 	ticker := time.NewTicker(p.cfg.Sweep)
 	defer ticker.Stop()
-	lastFull, lost := time.Now(), false
+	linger := time.NewTimer(time.Hour)
+	defer linger.Stop()
+	lastFull, lost, every := time.Now(), false, p.cfg.FullSweep
 	f.Sweep(true, nil, watch)
+	f.Missed() // the first finds all
 	for ctx.Err() == nil {
 		more := true
 		for more && p.credit() && ctx.Err() == nil {
 			more = f.Read(p.take)
+			p.settleDropped()
 		}
+		waits := p.push(false)
 		var freed chan struct{}
-		if more {
+		if more || waits == 0 {
 			freed = p.freed
+		}
+		var lingered <-chan time.Time
+		if waits > 0 {
+			linger.Reset(waits)
+			lingered = linger.C
 		}
 		var full bool
 		var changed []string
@@ -206,9 +252,12 @@ func (p *Pipeline) read(ctx context.Context, f *tail.Follower, hints *tail.Hints
 			return
 		case <-freed:
 			continue
+		case <-lingered:
+			continue
 		case <-ticker.C:
-			full = hints == nil || time.Since(lastFull) >= p.cfg.FullSweep
+			full = hints == nil || time.Since(lastFull) >= every
 			f.Measure()
+			p.book.clock(time.Now())
 		case <-signal:
 			// Writes come by the thousand; one look serves them all.
 			pause(ctx, 20*time.Millisecond)
@@ -222,10 +271,17 @@ func (p *Pipeline) read(ctx context.Context, f *tail.Follower, hints *tail.Hints
 			changed = folders
 			full = full || lost && time.Since(lastFull) >= p.cfg.Sweep || p.above(folders)
 		}
+		routine := full && !lost && len(changed) == 0
+		f.Sweep(full, changed, watch)
 		if full {
 			lastFull, lost = time.Now(), false
 		}
-		f.Sweep(full, changed, watch)
+		switch {
+		case routine && f.Missed():
+			every = p.cfg.FullSweep
+		case routine:
+			every = min(2*every, 12*p.cfg.FullSweep)
+		}
 	}
 }
 
@@ -233,7 +289,7 @@ func (p *Pipeline) read(ctx context.Context, f *tail.Follower, hints *tail.Hints
 // container came or went.
 func (p *Pipeline) above(folders []string) bool {
 	for _, folder := range folders {
-		rel, err := filepath.Rel(p.cfg.Folder, folder)
+		rel, err := filepath.Rel(p.cfg.Tail.Folder, folder)
 		if err != nil || filepath.Dir(rel) == "." {
 			return true
 		}
@@ -244,42 +300,8 @@ func (p *Pipeline) above(folders []string) bool {
 // credit reports whether reading is worth while. A quarter of the credit has to
 // be free, or every record that comes back would cost a read of its own.
 func (p *Pipeline) credit() bool {
-	return p.records.Load() <= int64(p.cfg.InFlight)*3/4 && p.bytes.Load() <= p.cfg.InFlightBytes*3/4
-}
-
-// take parses a record and puts it into the queue. It returns whether there is
-// credit for another.
-func (p *Pipeline) take(e tail.Entry) bool {
-	out := parse.Record(e.Record)
-	if out.Left > 0 {
-		p.metrics.fieldsLeft.Add(float64(out.Left))
-	}
-	records, bytes := p.records.Add(1), p.bytes.Add(cost(e))
-	// There is always room: the credit is smaller than the queue.
-	p.queue <- e
-	return records < int64(p.cfg.InFlight) && bytes < p.cfg.InFlightBytes
-}
-
-// cost of a record in memory, roughly: attributes were part of the line.
-func cost(e tail.Entry) int64 {
-	var n int64
-	for _, s := range e.Spans {
-		n += s.End - s.Start
-	}
-	return n
-}
-
-func (p *Pipeline) free(es ...tail.Entry) {
-	for _, e := range es {
-		p.records.Add(-1)
-		p.bytes.Add(-cost(e))
-	}
-	if p.credit() {
-		select {
-		case p.freed <- struct{}{}:
-		default:
-		}
-	}
+	return p.records.Load() <= int64(p.cfg.InFlight)*3/4 && p.bytes.Load() <= p.cfg.InFlightBytes*3/4 &&
+		!(p.full() && len(p.queue) == cap(p.queue))
 }
 
 // Audit is the account of an output, in bytes of log files.
@@ -292,6 +314,8 @@ type Audit struct {
 	// Deleted is the part of Total in files that are gone and settled.
 	Deleted ledger.Totals      `json:"deleted"`
 	Files   []ledger.Statement `json:"files"`
+	// Rows are the same sums by owner and hour.
+	Rows []ledger.Row `json:"rows"`
 }
 
 // Audit returns the account as it stands.
@@ -300,9 +324,18 @@ func (p *Pipeline) Audit() Audit {
 	defer p.book.mu.Unlock()
 	return Audit{
 		Output: p.cfg.Name, Kind: p.out.Kind(), Breaker: p.breaker.state(),
-		Total: p.book.l.Total(), Deleted: p.book.l.Past(), Files: p.book.l.Files(),
+		Total: p.book.l.Total(), Deleted: p.book.l.Past(), Files: p.book.l.Files(), Rows: p.book.l.Rows(),
 	}
 }
+
+// InUse reports whether the account of a file of the pod with this UID is open.
+func (p *Pipeline) InUse(uid string) bool {
+	_, ok := p.book.Find(func(_, path string) bool { return strings.Contains(path, "_"+uid+"/") })
+	return ok
+}
+
+// Why returns what was dropped and rejected since the start, by owner and cause, with samples.
+func (p *Pipeline) Why() []Reason { return p.why.list(p.cfg.Name) }
 
 func (p *Pipeline) measure() {
 	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(p.book.total().Pending))
@@ -350,18 +383,20 @@ func (p *Pipeline) load() (*ledger.Ledger, error) {
 // neither reading nor shipping: what is shipped and not saved would only be
 // shipped twice after a crash.
 func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
-	ticker := time.NewTicker(p.cfg.CheckpointEvery)
-	defer ticker.Stop()
+	timer := time.NewTimer(p.cfg.CheckpointEvery)
+	defer timer.Stop()
 	for {
 		select {
 		case <-stopped:
 			return
-		case <-ticker.C:
+		case <-timer.C:
 		}
 		p.measure()
+		begun := time.Now()
 		if err := p.save(); err != nil {
 			p.tellSave(err)
 		}
+		timer.Reset(max(p.cfg.CheckpointEvery, 10*time.Since(begun)))
 	}
 }
 
@@ -388,7 +423,7 @@ func (p *Pipeline) save() error {
 			return err
 		}
 	}
-	b, err := p.book.snapshot()
+	b, epoch, err := p.book.snapshot()
 	if err != nil || b == nil {
 		return err
 	}
@@ -396,6 +431,7 @@ func (p *Pipeline) save() error {
 		p.book.touch()
 		return fmt.Errorf("checkpoint: %w; free space in dataDir %s, or move dataDir to a folder that this user may write to", err, p.cfg.DataDir)
 	}
+	p.book.saved(epoch)
 	return nil
 }
 

@@ -106,7 +106,7 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	r := &rig{t: t, reg: prometheus.NewRegistry()}
-	r.cfg = pipeline.Config{Name: "out", Folder: t.TempDir(), DataDir: t.TempDir(), Node: "n1", NoHints: true}
+	r.cfg = pipeline.Config{Name: "out", Tail: tail.Config{Folder: t.TempDir(), Node: "n1"}, DataDir: t.TempDir(), NoHints: true}
 	var err error
 	if r.m, err = pipeline.NewMetrics(r.reg); err != nil {
 		t.Fatal(err)
@@ -145,7 +145,7 @@ func (r *rig) write(log string, from, to int) {
 	for i := from; i < to; i++ {
 		fmt.Fprintf(&b, "2026-11-23T02:00:00.%09dZ stdout F line %d\n", i, i)
 	}
-	path := filepath.Join(r.cfg.Folder, log)
+	path := filepath.Join(r.cfg.Tail.Folder, log)
 	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
 		r.t.Fatal(err)
 	}
@@ -465,7 +465,7 @@ func TestEveryLineIsAccountedFor(t *testing.T) {
 			r.cfg.MaxRecords, r.cfg.Linger, r.cfg.InFlight = 50, 5*time.Millisecond, 300
 			r.cfg.MinBackoff, r.cfg.MaxBackoff, r.cfg.BreakerOpen = time.Millisecond, 10*time.Millisecond, 10*time.Millisecond
 			r.cfg.CheckpointEvery, r.cfg.Sweep, r.cfg.FullSweep = 10*time.Millisecond, 20*time.Millisecond, 200*time.Millisecond
-			r.cfg.Grace = 100 * time.Millisecond
+			r.cfg.Tail.Grace = 100 * time.Millisecond
 			rng := rand.New(rand.NewPCG(7, 7))
 			b := &backend{answer: func(batch []*record.Record) output.Result {
 				switch rng.IntN(8) {
@@ -497,7 +497,7 @@ func TestEveryLineIsAccountedFor(t *testing.T) {
 					for i := 0; i < lines; i += 50 {
 						r.write(log, c*lines+i, c*lines+i+50)
 						if i%500 == 450 {
-							path := filepath.Join(r.cfg.Folder, log)
+							path := filepath.Join(r.cfg.Tail.Folder, log)
 							if err := os.Rename(path, fmt.Sprintf("%s.20261123-%06d", path, i)); err != nil {
 								t.Error(err)
 							}
@@ -629,7 +629,7 @@ func BenchmarkPipeline(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		p, err := pipeline.New(pipeline.Config{Name: "out", Folder: filepath.Join(dir, "pods"), DataDir: b.TempDir()}, discard{}, slog.New(slog.DiscardHandler), m, tm)
+		p, err := pipeline.New(pipeline.Config{Name: "out", Tail: tail.Config{Folder: filepath.Join(dir, "pods")}, DataDir: b.TempDir()}, discard{}, slog.New(slog.DiscardHandler), m, tm)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -21,67 +21,65 @@ import (
 // maxRetryAfter bounds what a backend may ask for.
 const maxRetryAfter = 5 * time.Minute
 
-// ship makes batches and sends them until ctx ends. What it has taken and not
-// settled then is read again after the restart.
+// ship sends batches until ctx ends. What it has taken and not settled then is
+// read again after the restart.
 func (p *Pipeline) ship(ctx context.Context) {
-	for {
-		batch := p.gather(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		p.send(ctx, batch)
+	var senders sync.WaitGroup
+	for range p.traits.Concurrency {
+		senders.Go(func() {
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case b := <-p.queue:
+					p.wake() // there is room in the queue
+					if !p.send(ctx, b) {
+						return
+					}
+					b.reset()
+					select {
+					case p.spare <- b:
+					default:
+					}
+				}
+			}
+		})
 	}
+	senders.Wait()
 }
 
-// gather waits for a record, and then for more until the batch is full or the
-// linger is over.
-func (p *Pipeline) gather(ctx context.Context) []tail.Entry {
-	var batch []tail.Entry
-	bytes := 0
-	add := func(e tail.Entry) {
-		batch = append(batch, e)
-		bytes += int(cost(e))
-	}
-	select {
-	case <-ctx.Done():
-		return nil
-	case e := <-p.queue:
-		add(e)
-	}
-	linger := time.NewTimer(p.cfg.Linger)
-	defer linger.Stop()
-	for len(batch) < p.cfg.MaxRecords && bytes < p.cfg.MaxBytes {
-		select {
-		case <-ctx.Done():
-			return batch
-		case <-linger.C:
-			return batch
-		case e := <-p.queue:
-			add(e)
-		}
-	}
-	return batch
+// work is a part of a batch: the entries and their records.
+type work struct {
+	entries []tail.Entry
+	records []*record.Record
 }
 
-// send sends a batch until every record of it is settled, or ctx ends.
-func (p *Pipeline) send(ctx context.Context, batch []tail.Entry) {
+// send sends a batch until every record of it is settled. It returns false if ctx
+// ended before.
+func (p *Pipeline) send(ctx context.Context, b *batch) bool {
 	failures := 0
-	work := [][]tail.Entry{batch} // the last is next
-	for attempt := 0; len(work) > 0; attempt++ {
-		if !p.breaker.wait(ctx) {
-			return
+	todo := []work{{b.entries, b.records}} // the last is next
+	for attempt := 0; len(todo) > 0; attempt++ {
+		if !p.limiter.acquire(ctx) {
+			return false
+		}
+		done := p.breaker.wait(ctx)
+		if done == nil {
+			p.limiter.release(true)
+			return false
 		}
 		if attempt > 0 {
 			p.metrics.retries.WithLabelValues(p.cfg.Name).Inc()
 		}
-		current := work[len(work)-1]
-		work = work[:len(work)-1]
-		r := p.attempt(ctx, current)
+		current := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		r := p.attempt(ctx, current.records)
 		if r.TooLarge {
-			if len(current) > 1 {
-				half := len(current) / 2
-				work = append(work, current[half:], current[:half])
-				p.breaker.done(nil) // it answers
+			if n := len(current.entries); n > 1 {
+				half := n / 2
+				todo = append(todo, work{current.entries[half:], current.records[half:]}, work{current.entries[:half], current.records[:half]})
+				done(nil) // it answers
+				p.limiter.release(true)
 				continue
 			}
 			reason := "the backend refused it as too large"
@@ -91,16 +89,17 @@ func (p *Pipeline) send(ctx context.Context, batch []tail.Entry) {
 			r = output.Result{Rejected: []output.Rejection{{Index: 0, Reason: reason}}}
 		}
 		again, failed := p.verdict(current, r)
-		if len(again) > 0 {
-			work = append(work, again)
+		if len(again.entries) > 0 {
+			todo = append(todo, again)
 		}
-		p.breaker.done(failed)
-		if len(again) == 0 {
+		done(failed)
+		p.limiter.release(len(again.entries) == 0)
+		if len(again.entries) == 0 {
 			failures = 0
 			continue
 		}
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		delay := p.backoff(failures)
 		failures++
@@ -113,15 +112,12 @@ func (p *Pipeline) send(ctx context.Context, batch []tail.Entry) {
 		}
 		pause(ctx, delay)
 	}
+	return true
 }
 
 // attempt calls the output. An attempt that is under way when ctx ends may take
 // its time for a while: without its answer all of it would be sent twice.
-func (p *Pipeline) attempt(ctx context.Context, current []tail.Entry) output.Result {
-	records := make([]*record.Record, len(current))
-	for i, e := range current {
-		records[i] = e.Record
-	}
+func (p *Pipeline) attempt(ctx context.Context, records []*record.Record) output.Result {
 	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.cfg.WriteTimeout)
 	var guard sync.WaitGroup
 	defer guard.Wait()
@@ -139,16 +135,21 @@ func (p *Pipeline) attempt(ctx context.Context, current []tail.Entry) output.Res
 
 // verdict settles what the backend has decided on and returns the rest. failed
 // is not nil where the backend took nothing.
-func (p *Pipeline) verdict(current []tail.Entry, r output.Result) (again []tail.Entry, failed error) {
+func (p *Pipeline) verdict(current work, r output.Result) (again work, failed error) {
 	if r.Err != nil {
 		return current, r.Err
 	}
+	if len(r.Retry)+len(r.Rejected) == 0 {
+		p.book.settle(current.entries, ledger.Acknowledged)
+		p.free(current.entries)
+		return work{}, nil
+	}
 	const acknowledged, rejected, retry = 0, 1, 2
-	verdicts := make([]uint8, len(current))
+	verdicts := make([]uint8, len(current.entries))
 	reasons := map[int]string{}
 	mark := func(i int, v uint8) error {
-		if i < 0 || i >= len(current) || verdicts[i] != acknowledged {
-			return fmt.Errorf("output %s: verdict on record %d of %d is out of range or the second on it; nothing of the batch counts", p.cfg.Name, i, len(current))
+		if i < 0 || i >= len(verdicts) || verdicts[i] != acknowledged {
+			return fmt.Errorf("output %s: verdict on record %d of %d is out of range or the second on it; nothing of the batch counts", p.cfg.Name, i, len(verdicts))
 		}
 		verdicts[i] = v
 		return nil
@@ -164,26 +165,32 @@ func (p *Pipeline) verdict(current []tail.Entry, r output.Result) (again []tail.
 		}
 		reasons[x.Index] = x.Reason
 	}
-	for i, e := range current {
+	var good, bad []tail.Entry
+	for i, e := range current.entries {
 		switch verdicts[i] {
 		case retry:
-			again = append(again, e)
-			continue
+			again.entries, again.records = append(again.entries, e), append(again.records, e.Record)
 		case rejected:
 			p.bury(e, reasons[i])
-			p.book.settle(e, ledger.Rejected)
+			bad = append(bad, e)
 		default:
-			p.book.settle(e, ledger.Acknowledged)
+			good = append(good, e)
 		}
-		p.free(e)
 	}
-	if len(again) == len(current) {
+	for cause, es := range map[ledger.Cause][]tail.Entry{ledger.Acknowledged: good, ledger.Rejected: bad} {
+		if len(es) > 0 {
+			p.book.settle(es, cause)
+			p.free(es)
+		}
+	}
+	if len(again.entries) == len(current.entries) {
 		failed = errors.New("the backend asks to send every record of the batch again")
 	}
 	return again, failed
 }
 
 func (p *Pipeline) bury(e tail.Entry, reason string) {
+	p.why.note(e.Record, ledger.Rejected, reason, cost(e))
 	result, err := p.dead.write(e.Record, reason)
 	p.metrics.deadLetters.WithLabelValues(p.cfg.Name, result).Inc()
 	if p.dead.mayTell() {
@@ -226,14 +233,12 @@ func (p *Pipeline) tell(err error, permanent bool, failures int, delay time.Dura
 	p.log.Error(message, "error.message", err.Error(), "outrigger.failures", failures, "outrigger.retry_after", delay.String())
 }
 
-// breaker is sony/gobreaker's for one caller that would rather wait than be
-// refused.
+// breaker is sony/gobreaker's for callers that would rather wait than be refused.
 type breaker struct {
 	b         *gobreaker.TwoStepCircuitBreaker[struct{}]
 	openFor   time.Duration
-	openSince time.Time // changed only by the caller of wait and done
+	openSince atomic.Int64 // nanoseconds since 1970
 	current   atomic.Int32
-	end       func(error)
 }
 
 func newBreaker(cfg Config, log *slog.Logger, m *Metrics) *breaker {
@@ -247,7 +252,7 @@ func newBreaker(cfg Config, log *slog.Logger, m *Metrics) *breaker {
 			b.current.Store(int32(to))
 			gauge.Set(float64(to))
 			if to == gobreaker.StateOpen {
-				b.openSince = time.Now()
+				b.openSince.Store(time.Now().UnixNano())
 			}
 			log.Info("the output's circuit breaker changed", "outrigger.breaker.from", from.String(), "outrigger.breaker.to", to.String())
 		},
@@ -257,18 +262,15 @@ func newBreaker(cfg Config, log *slog.Logger, m *Metrics) *breaker {
 
 func (b *breaker) state() string { return gobreaker.State(b.current.Load()).String() }
 
-// wait returns when an attempt may be made, or false when ctx has ended. The
-// caller ends the attempt by done.
-func (b *breaker) wait(ctx context.Context) bool {
+// wait returns what ends an attempt, when one may be made; nil when ctx has ended.
+func (b *breaker) wait(ctx context.Context) (done func(error)) {
 	for ctx.Err() == nil {
-		end, err := b.b.Allow()
+		done, err := b.b.Allow()
 		if err == nil {
-			b.end = end
-			return true
+			return done
 		}
-		pause(ctx, max(time.Until(b.openSince.Add(b.openFor)), 10*time.Millisecond))
+		again := time.Unix(0, b.openSince.Load()).Add(b.openFor)
+		pause(ctx, max(time.Until(again), 10*time.Millisecond))
 	}
-	return false
+	return nil
 }
-
-func (b *breaker) done(err error) { b.end(err) }

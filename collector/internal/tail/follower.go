@@ -5,17 +5,20 @@
 //
 //	<namespace>_<pod>_<uid>/<container>/<restart>.log
 //	<namespace>_<pod>_<uid>/<container>/<restart>.log.20261123-195300     rotated
-//	<namespace>_<pod>_<uid>/<container>/<restart>.log.20261123-195300.gz  not read, counted
+//	<namespace>_<pod>_<uid>/<container>/<restart>.log.20261123-195300.gz  the older ones
+//
+// Beside it, or instead, single files are followed (Files).
 //
 // The log file is the buffer: a Follower reads only when it is asked to and
 // stops when it is told to, so a slow backend costs no memory. Each output has
-// a Follower of its own. It keeps every file open that it has not read to the
-// end, because kubelet deletes without asking.
+// a Follower of its own, and a spool: second names of the files that are not
+// settled yet, because kubelet deletes without asking.
 //
 // Identity of a file generation is device, inode and a hash of its first line,
 // which carries a nanosecond stamp. It is verified before every turn of
 // reading, so a reused inode or a file overwritten in place is never resumed at
-// another file's offset.
+// another file's offset. Of a compressed generation, which is a file of its own,
+// the hash alone finds the account.
 //
 // The package knows files and the format of the Container Runtime Interface. It
 // does not know outputs, batches or what a line means (package pipeline).
@@ -54,7 +57,7 @@ const (
 	firstLine = 1024
 )
 
-// Entry is one logical line: its record, whose body is not parsed yet, and the
+// Entry is one record: its fields, whose body is not parsed yet, and the
 // physical lines that it is made of. The identity of a generation in Spans is
 // the one in Book.
 type Entry struct {
@@ -62,25 +65,92 @@ type Entry struct {
 	Spans  []cri.Span
 }
 
+// Grouper puts the lines of one stream together that make one record (package
+// multiline).
+type Grouper interface {
+	// Line takes the next line. It joins the record before it, or begins one; open
+	// says that more may follow.
+	Line(text []byte) (joins, open bool)
+	// Reset: the record before was let go.
+	Reset()
+}
+
+// Policy says how the logs of a container are read.
+type Policy struct {
+	// Off is why they are not read at all; empty if they are.
+	Off string
+	// Grouper makes the grouper of a stream; nil takes each line for itself.
+	Grouper func() Grouper
+}
+
+// Files are single files that are followed: those of programs that write no
+// container logs, and the journals of inputs that are pushed.
+type Files struct {
+	// Patterns of package filepath, absolute.
+	Patterns []string
+	// Resource of all records, but for Node and Cluster.
+	Resource record.Resource
+	// Format of the lines; empty means text.
+	Format Format
+	// Decode reads a line of the format Envelope into a record.
+	Decode func(line []byte, r *record.Record) error
+	// Own: rotated files are read although nobody saw them before: they are a journal's.
+	Own bool
+}
+
+// Format of the lines of a file.
+type Format string
+
+// The formats. A container's log is CRI's, or Docker's where its first byte says so.
+const (
+	Text     Format = "text"
+	CRI      Format = "cri"
+	Docker   Format = "docker"
+	Envelope Format = "envelope"
+)
+
 // Book is the account that a Follower keeps its place in.
 type Book interface {
-	Open(file, path string) ledger.Position
+	Open(file, path, owner string) ledger.Position
 	Written(file string, size int64)
 	GiveUp(file string, from int64, cause ledger.Cause) int64
 	Gone(file string)
+	Find(match func(file, path string) bool) (file string, ok bool)
+	// Settled reports whether nothing of the generation is pending, and a crash
+	// would not change that.
+	Settled(file string) bool
 	Absent(keep func(file string) bool) []ledger.Statement
 }
 
 // Config of a Follower.
 type Config struct {
-	Folder        string // as /var/log/pods
+	Folder        string // as /var/log/pods; empty where there are no containers
+	Files         []Files
 	Cluster, Node string
+	// Linked are the folders outside of Folder into which symbolic links may lead,
+	// as Docker's do. Other links are not read: who may write a log must not choose
+	// what the collector reads.
+	Linked []string
+	// Spool is the folder for second names of files that are not settled, on the
+	// file system of Folder. Empty keeps them by open files only, which a restart
+	// ends.
+	Spool string
+	// Policy of a container; nil means the zero Policy for all.
+	Policy func(*record.Resource) Policy
+	// Resource adds what is known to what the path says; not complete while more may
+	// come, for which a new log waits up to MetadataWait (default 5 s). It is asked
+	// again when Generation has changed. Nil knows nothing.
+	Resource     func(from *record.Resource) (r *record.Resource, complete bool)
+	Generation   func() uint64
+	MetadataWait time.Duration
+	// Hold is how long a record that may go on waits for its next line. Default 1 s.
+	Hold time.Duration
 	// Grace is how long a rotated or deleted generation must have been quiet
 	// before it counts as finished: a runtime goes on writing to the old file
 	// until it has opened the new one. Default 1 s.
 	Grace time.Duration
-	// MaxDeleted bytes unread of deleted files are kept on the disk by holding
-	// them open; beyond it the oldest is given up and counted. Default 1 GiB.
+	// MaxDeleted bytes unread of deleted files are kept on the disk; beyond it the
+	// oldest is given up and counted. Default 1 GiB.
 	MaxDeleted int64
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
@@ -91,19 +161,21 @@ type Metrics struct {
 	Malformed *prometheus.CounterVec // problem
 	Skipped   *prometheus.CounterVec // reason
 	Errors    *prometheus.CounterVec // operation
+	Deleted   prometheus.Gauge
 }
 
 // NewMetrics registers the metrics.
 func NewMetrics(reg prometheus.Registerer) (*Metrics, error) {
 	m := &Metrics{
 		Malformed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_malformed_lines_total", Help: "Lines that are not in the CRI format, by problem. They are shipped whole."}, []string{"problem"}),
-		Skipped:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_skipped_files_total", Help: "Files in the log folder that are not read, by reason (gzip: a rotated generation that was compressed before it was seen)."}, []string{"reason"}),
+		Skipped:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_skipped_files_total", Help: "Files in the log folder that are not read, by reason."}, []string{"reason"}),
 		Errors:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_read_errors_total", Help: "Failed operations on log files and folders. They are tried again."}, []string{"operation"}),
+		Deleted:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "outrigger_log_deleted_bytes", Help: "Unread bytes of deleted log files that are kept on the disk."}),
 	}
-	return m, errors.Join(reg.Register(m.Malformed), reg.Register(m.Skipped), reg.Register(m.Errors))
+	return m, errors.Join(reg.Register(m.Malformed), reg.Register(m.Skipped), reg.Register(m.Errors), reg.Register(m.Deleted))
 }
 
-// Follower follows all logs of a folder for one output. It is not safe for
+// Follower follows all logs of a node for one output. It is not safe for
 // concurrent use: one goroutine calls Sweep and Read in turn.
 type Follower struct {
 	cfg     Config
@@ -114,19 +186,32 @@ type Follower struct {
 	logs    map[string]*containerLog   // by the path of the live file
 	folders map[string][]*containerLog // by its folder
 	ready   []*containerLog            // may have bytes to read; in turn
-	skipped map[string]int             // paths reported as not read: the round in which they were last seen
-	round   int                        // of full sweeps
-	swept   bool                       // one sweep saw everything
+	leaving []leaving
+	skipped map[string]int // paths reported as not read: the round in which they were last seen
+	round   int            // of full sweeps
+	swept   bool           // one sweep saw everything
+	noSpool bool           // links cannot be made here
+	linked  bool           // one could be made
+	missed  bool           // a full sweep found what no hint told of
 	buf     []byte
+	slab    slab
 	emit    func(Entry) bool
 }
 
-// containerLog is all generations of one <restart>.log.
+// containerLog is all generations of one <restart>.log, or of one of Files.
 type containerLog struct {
-	path     string // of the live file
+	path     string           // of the live file
+	input    *Files           // nil for a container's
+	owner    string           // for the account: namespace/pod
+	from     *record.Resource // what the path says
 	resource *record.Resource
+	policy   Policy
+	since    time.Time     // when it was found
+	complete bool          // or waited for long enough
+	known    uint64        // generation of the metadata that resource is from
 	gens     []*generation // oldest first
 	joiner   cri.Joiner
+	held     [cri.Stderr + 1]held
 	budget   int // bytes left of its turn
 	queued   bool
 	waiting  bool // has to be looked at again when time has passed
@@ -138,16 +223,27 @@ func New(cfg Config, book Book, log *slog.Logger, m *Metrics) *Follower {
 	if cfg.Grace == 0 {
 		cfg.Grace = time.Second
 	}
+	if cfg.Hold == 0 {
+		cfg.Hold = time.Second
+	}
+	if cfg.MetadataWait == 0 {
+		cfg.MetadataWait = 5 * time.Second
+	}
 	if cfg.MaxDeleted == 0 {
 		cfg.MaxDeleted = 1 << 30
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Follower{
+	if cfg.Policy == nil {
+		cfg.Policy = func(*record.Resource) Policy { return Policy{} }
+	}
+	f := &Follower{
 		cfg: cfg, book: book, log: log, metrics: m,
 		logs: map[string]*containerLog{}, folders: map[string][]*containerLog{}, skipped: map[string]int{}, buf: make([]byte, Chunk),
 	}
+	f.restore()
+	return f
 }
 
 // Close closes all files. What was read and not settled is read again by the
@@ -162,14 +258,72 @@ func (f *Follower) Close() error {
 	return errors.Join(errs...)
 }
 
+// Missed reports whether full sweeps since the last call found a file or a change that nobody
+// had told of: hints cannot be relied on here.
+func (f *Follower) Missed() bool {
+	m := f.missed
+	f.missed = false
+	return m
+}
+
+// logOf returns the log of a live file, and makes it where there is none.
+func (f *Follower) logOf(live string) *containerLog {
+	if l := f.logs[live]; l != nil {
+		return l
+	}
+	l := &containerLog{path: live, from: f.resource(live), since: f.cfg.Now()}
+	l.owner = l.from.Namespace + "/" + l.from.Pod
+	f.add(l)
+	return l
+}
+
+func (f *Follower) add(l *containerLog) {
+	l.resource = l.from
+	folder := filepath.Dir(l.path)
+	f.logs[l.path] = l
+	f.folders[folder] = append(f.folders[folder], l)
+}
+
+// prepare brings resource and policy up to date, and reports whether the log may
+// be read: a new one waits for a while rather than go without what the API knows.
+func (f *Follower) prepare(l *containerLog) bool {
+	if l.input != nil || f.cfg.Resource == nil {
+		if !l.complete {
+			l.complete = true
+			l.policy = f.cfg.Policy(l.resource)
+		}
+		return true
+	}
+	generation := uint64(0)
+	if f.cfg.Generation != nil {
+		generation = f.cfg.Generation()
+	}
+	if l.complete && l.known == generation {
+		return true
+	}
+	r, complete := f.cfg.Resource(l.from)
+	if !complete && !l.complete && f.cfg.Now().Sub(l.since) < f.cfg.MetadataWait {
+		l.waiting = true
+		return false
+	}
+	if r != l.resource || !l.complete {
+		l.resource = r
+		l.policy = f.cfg.Policy(r)
+	}
+	l.complete, l.known = true, generation
+	return true
+}
+
 // Sweep looks for new, renamed and deleted files: in the named containers'
 // folders, or in everything if full. It also makes those logs ready that wait
 // for time to pass. visit, which may be nil, is called with each folder before
 // it is listed, so that a watch put on it misses nothing.
 func (f *Follower) Sweep(full bool, folders []string, visit func(folder string)) {
 	if full {
+		f.missed = false
 		f.sweepAll(visit)
 	} else {
+		defer func(m bool) { f.missed = m }(f.missed) // what a hint told was not missed
 		for _, folder := range folders {
 			f.sweepContainer(folder, visit)
 		}
@@ -185,6 +339,7 @@ func (f *Follower) Sweep(full bool, folders []string, visit func(folder string))
 		}
 	}
 	f.boundDeleted()
+	f.release()
 }
 
 // Measure notes the sizes of the logs that wait for their turn. While there is no
@@ -227,25 +382,32 @@ func (f *Follower) sweepAll(visit func(string)) {
 	complete := true
 	f.round++
 	seen := map[string]bool{}
-	for _, pod := range f.list(f.cfg.Folder, visit, &complete) {
-		if strings.Count(pod, "_") != 2 {
-			f.skip(filepath.Join(f.cfg.Folder, pod), "not_a_pod")
-			continue
-		}
-		dir := filepath.Join(f.cfg.Folder, pod)
-		for _, container := range f.list(dir, visit, &complete) {
-			folder := filepath.Join(dir, container)
-			seen[folder] = true
-			if !f.sweepContainer(folder, visit) {
-				complete = false
+	if f.cfg.Folder != "" {
+		for _, pod := range f.list(f.cfg.Folder, visit, &complete) {
+			if strings.Count(pod, "_") != 2 {
+				f.skip(filepath.Join(f.cfg.Folder, pod), "not_a_pod")
+				continue
 			}
+			dir := filepath.Join(f.cfg.Folder, pod)
+			for _, container := range f.list(dir, visit, &complete) {
+				folder := filepath.Join(dir, container)
+				seen[folder] = true
+				if !f.sweepContainer(folder, visit) {
+					complete = false
+				}
+			}
+		}
+	}
+	for i := range f.cfg.Files {
+		if !f.sweepFiles(&f.cfg.Files[i], visit, seen) {
+			complete = false
 		}
 	}
 	if !complete {
 		return
 	}
-	for folder := range f.folders {
-		if !seen[folder] {
+	for folder, ls := range f.folders {
+		if !seen[folder] && ls[0].input == nil {
 			f.sweepContainer(folder, nil)
 		}
 	}
@@ -265,6 +427,9 @@ func (f *Follower) settleAbsent() {
 		for _, g := range l.gens {
 			here[g.id] = true
 		}
+	}
+	for _, x := range f.leaving {
+		here[x.id] = true
 	}
 	for _, s := range f.book.Absent(func(file string) bool { return here[file] }) {
 		f.log.Warn("log file was deleted or compressed while the collector was away; its unread end is lost",
@@ -315,6 +480,9 @@ var logName = regexp.MustCompile(`^(\d+)\.log(\.\d{8}-\d{6})?(\.gz|\.tmp)?$`)
 // sweepContainer brings the generations of a container's logs up to date. It
 // reports whether it saw everything.
 func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
+	if ls := f.folders[folder]; len(ls) > 0 && ls[0].input != nil {
+		return f.sweepFiles(ls[0].input, visit, map[string]bool{})
+	}
 	if visit != nil {
 		visit(folder)
 	}
@@ -323,61 +491,179 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 		f.failed("list", folder, err)
 		return false
 	}
-	complete := true
-	present := map[string][]string{} // live path -> generations by age; the live one last
+	present := map[string]*listing{} // by the live path
 	for _, e := range entries {
 		m := logName.FindStringSubmatch(e.Name())
 		path := filepath.Join(folder, e.Name())
-		switch {
-		case m == nil:
+		if m == nil {
 			f.skip(path, "not_a_log")
-		case m[3] == ".gz":
-			f.skipGzip(path)
-		case m[3] == ".tmp":
-		default:
-			live := filepath.Join(folder, m[1]+".log")
-			present[live] = append(present[live], path)
+			continue
 		}
+		if m[3] == ".tmp" { // kubelet is compressing into it
+			continue
+		}
+		if e.Type()&fs.ModeSymlink != 0 && !f.leadsToLogs(path) {
+			continue
+		}
+		live := filepath.Join(folder, m[1]+".log")
+		if present[live] == nil {
+			present[live] = &listing{}
+		}
+		present[live].add(path, live)
 	}
-	for live, paths := range present {
-		slices.SortFunc(paths, func(a, b string) int {
-			if a == live || b == live {
-				return len(b) - len(a) // the stamp makes a rotated name longer
-			}
-			return strings.Compare(a, b)
-		})
-		l := f.logs[live]
-		if l == nil {
-			l = &containerLog{path: live, resource: f.resource(live)}
-			f.logs[live] = l
-			f.folders[folder] = append(f.folders[folder], l)
-		}
-		for _, path := range paths {
-			if err := f.find(l, path); err != nil {
-				complete = false
-				f.failed("open", path, err)
-			}
+	complete := true
+	for live, n := range present {
+		if !f.bring(f.logOf(live), n) {
+			complete = false
 		}
 	}
 	for _, l := range f.folders[folder] {
-		f.missing(l, present[l.path])
+		n := present[l.path]
+		if n == nil {
+			n = &listing{}
+		}
+		f.missing(l, n)
 	}
 	return complete
 }
 
-// skipGzip counts a compressed generation, unless it is what became of one that
-// was followed here: that one is still open, or was read to its end.
-func (f *Follower) skipGzip(path string) {
-	plain := strings.TrimSuffix(path, ".gz")
-	for _, l := range f.folders[filepath.Dir(path)] {
-		for _, g := range l.gens {
-			if g.path == plain {
-				f.skipped[path] = f.round
-				return
-			}
+// listing are the names of one log that are in its folder.
+type listing struct {
+	plain []string // by age, the live one last
+	gz    []string // by age
+}
+
+func (n *listing) add(path, live string) {
+	if strings.HasSuffix(path, ".gz") {
+		n.gz = append(n.gz, path)
+		return
+	}
+	n.plain = append(n.plain, path)
+	slices.SortFunc(n.plain, func(a, b string) int {
+		if a == live || b == live {
+			return len(b) - len(a) // the stamp makes a rotated name longer
+		}
+		return strings.Compare(a, b)
+	})
+}
+
+func (n *listing) has(path string) bool {
+	return slices.Contains(n.plain, path) || slices.Contains(n.gz, path)
+}
+
+// bring makes sure that the files of these names are among the generations of l, in their order.
+func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
+	complete = true
+	before := len(l.gens)
+	for _, path := range n.plain {
+		if err := f.find(l, path); err != nil {
+			complete = false
+			f.failed("open", path, err)
 		}
 	}
-	f.skip(path, "gzip")
+	slices.Sort(n.gz)
+	for _, path := range n.gz {
+		if err := f.findGzip(l, path); err != nil {
+			complete = false
+			f.failed("open", path, err)
+		}
+	}
+	if len(l.gens) != before {
+		slices.SortStableFunc(l.gens, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
+	}
+	return complete
+}
+
+// age is a text that sorts the generations of a log. A rotated one has its stamp.
+// One that is only in the spool may have lost it with its name; then it is when it was last
+// written to.
+func (l *containerLog) age(g *generation) string {
+	const layout = "20060102-150405" // as kubelet writes it, in local time
+	stamp := strings.TrimSuffix(strings.TrimPrefix(g.path, l.path), ".gz")
+	switch {
+	case l.input != nil && !l.input.Own && stamp != "":
+		return g.modified.Format(layout)
+	case stamp != "":
+		return stamp[1:]
+	case g.restored:
+		return g.modified.Format(layout)
+	default:
+		return "~"
+	}
+}
+
+// leadsToLogs reports whether the symbolic link at path leads to where logs may be.
+func (f *Follower) leadsToLogs(path string) bool {
+	target, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			f.failed("follow", path, err)
+		}
+		return false
+	}
+	for _, folder := range append([]string{f.cfg.Folder}, f.cfg.Linked...) {
+		if strings.HasPrefix(target, filepath.Clean(folder)+string(filepath.Separator)) {
+			return true
+		}
+	}
+	f.skip(path, "link_outside")
+	return false
+}
+
+// findGzip makes sure that a compressed generation is among those of l, as a file to be read or
+// as the copy of one that is.
+func (f *Follower) findGzip(l *containerLog, path string) error {
+	plain := strings.TrimSuffix(path, ".gz")
+	for _, g := range l.gens {
+		if g.path == path || g.path == plain || g.gzPath == path {
+			if g.path != path {
+				g.gzPath = path
+			}
+			return nil
+		}
+	}
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	g := &generation{path: path}
+	if g.dev, g.ino, err = numbers(info); err != nil {
+		return err
+	}
+	if err := g.open(); err != nil {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
+			return nil
+		}
+		return err
+	}
+	g.size, err = inflatedSize(g.file, info.Size())
+	if err == nil {
+		err = f.identify(l, g, true)
+	}
+	if err != nil {
+		f.skip(path, "damaged_gzip")
+		f.log.Warn("a compressed log file cannot be read; it is left out and counted", "log.file.path", path, "error.message", err.Error())
+		return g.close()
+	}
+	for _, o := range l.gens {
+		if o.id == g.id && g.id != "" { // it was renamed and compressed since we last looked
+			o.gzPath, o.path = path, plain
+			return g.close()
+		}
+	}
+	if g.id == "" { // empty
+		f.skip(path, "empty")
+		return g.close()
+	}
+	g.modified = info.ModTime()
+	f.book.Written(g.id, g.size)
+	l.gens = append(l.gens, g)
+	f.missed = true
+	f.enqueue(l)
+	return nil
 }
 
 // find makes sure that the file at path is among the generations of l.
@@ -396,17 +682,22 @@ func (f *Follower) find(l *containerLog, path string) error {
 	for _, g := range l.gens {
 		// A rotated file never gets its first name back: if the inode of one has
 		// that name, it was deleted and the inode is used again.
-		if reused := path == l.path && g.path != l.path; g.dev == dev && g.ino == ino && !g.replaced && !reused {
+		if reused := path == l.path && g.path != l.path; g.dev == dev && g.ino == ino && g.gz == nil && !g.replaced && !reused {
 			if g.path != path {
 				g.path = path
-				f.reopenAccount(g)
+				f.reopenAccount(l, g)
 			}
 			g.missingSince = time.Time{}
+			if g.restored {
+				g.restored, g.gone = false, false
+				f.reopenAccount(l, g)
+			}
 			if info.Size() != g.offset {
 				g.again = true
 				f.enqueue(l)
 			}
 			if info.Size() != g.size && g.file != nil {
+				f.missed = true
 				f.verify(l, g) // so that what is pending is known without reading it
 			}
 			return nil
@@ -420,30 +711,38 @@ func (f *Follower) find(l *containerLog, path string) error {
 		return err
 	}
 	l.gens = append(l.gens, g)
+	f.missed = true
 	f.enqueue(l)
 	f.verify(l, g)
 	return nil
 }
 
-func (f *Follower) reopenAccount(g *generation) {
+func (f *Follower) reopenAccount(l *containerLog, g *generation) {
 	if g.id != "" {
-		f.book.Open(g.id, g.path)
+		f.book.Open(g.id, g.path, l.owner)
 	}
 }
 
 // missing marks the generations that are not under any of the paths any more. A
 // rename may be half seen, so a file that still has a name gets some time.
-func (f *Follower) missing(l *containerLog, paths []string) {
+func (f *Follower) missing(l *containerLog, n *listing) {
 	now := f.cfg.Now()
 	l.relist = false
 	for _, g := range slices.Clone(l.gens) {
-		if g.gone || g.replaced || slices.Contains(paths, g.path) {
+		if g.gzPath != "" && !slices.Contains(n.gz, g.gzPath) {
+			g.gzPath = ""
+		}
+		if g.gone || g.replaced || n.has(g.path) {
+			if g.gone && g.restored {
+				g.restored = false // kubelet has deleted it
+				f.enqueue(l)
+			}
 			continue
 		}
 		if g.missingSince.IsZero() {
 			g.missingSince = now
 		}
-		if g.unlinked() || now.Sub(g.missingSince) >= 2*f.cfg.Grace {
+		if g.unlinked() || g.gz != nil || now.Sub(g.missingSince) >= 2*f.cfg.Grace {
 			if g.file != nil {
 				f.verify(l, g)
 			}
@@ -454,6 +753,9 @@ func (f *Follower) missing(l *containerLog, paths []string) {
 		}
 	}
 }
+
+// maxGone deleted generations are kept at most, whatever their size.
+const maxGone = 10_000
 
 // boundDeleted gives up the oldest deleted generations while their unread bytes
 // are over the limit: they occupy a disk on which nobody can see them.
@@ -466,15 +768,19 @@ func (f *Follower) boundDeleted() {
 	var all []held
 	for _, l := range f.logs {
 		for _, g := range l.gens {
-			if g.gone && g.file != nil {
+			if g.gone && !g.finished {
 				total += max(0, g.size-g.offset)
 				all = append(all, held{l, g})
 			}
 		}
 	}
+	f.metrics.Deleted.Set(float64(total))
+	if total <= f.cfg.MaxDeleted && len(all) <= maxGone {
+		return
+	}
 	slices.SortFunc(all, func(a, b held) int { return a.g.missingSince.Compare(b.g.missingSince) })
-	for _, h := range all {
-		if total <= f.cfg.MaxDeleted {
+	for i, h := range all {
+		if total <= f.cfg.MaxDeleted && len(all)-i <= maxGone {
 			return
 		}
 		total -= max(0, h.g.size-h.g.offset)
@@ -493,12 +799,16 @@ func (f *Follower) giveUp(g *generation, cause ledger.Cause) {
 	}
 }
 
+// remove drops a generation of which nothing is left to read. Its account is
+// closed when the last of its bytes is settled; until then its link stays.
 func (f *Follower) remove(l *containerLog, g *generation) {
 	if err := g.close(); err != nil {
 		f.failed("close", g.path, err)
 	}
 	if g.id != "" {
-		f.book.Gone(g.id)
+		f.leaving = append(f.leaving, leaving{g.id, g.link})
+	} else {
+		f.unlink(g.link)
 	}
 	l.gens = slices.DeleteFunc(l.gens, func(x *generation) bool { return x == g })
 }

@@ -2,15 +2,20 @@ package tail
 
 import (
 	"bytes"
+	"compress/gzip"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/cri"
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 )
 
@@ -20,11 +25,20 @@ type generation struct {
 	path     string
 	dev, ino uint64
 	file     *os.File // nil while closed
+	link     string   // in the spool; empty without one
+	// gz: the file is compressed, and offsets are those of what it holds.
+	gz *inflater
+	// gzPath is where kubelet has put the compressed copy of it. The account stays
+	// open as long as that is there, or the next process would read it again.
+	gzPath string
 
 	// id is empty until the first line is whole; nothing is read before.
-	id    string
-	first int // bytes that were hashed for it
-	hash  [sha256.Size]byte
+	id string
+	// origin names the generation in the ids of records. The compressed copy of a
+	// file has the same, so that a backend knows a record again that it took before a crash.
+	origin string
+	first  int // bytes that were hashed for it
+	hash   [sha256.Size]byte
 
 	offset int64 // next byte to read
 	size   int64 // by the last stat
@@ -39,9 +53,11 @@ type generation struct {
 	modified     time.Time // by the last stat
 	quietSince   time.Time // read to the end, and the size unchanged, since
 	missingSince time.Time
-	gone         bool // deleted: what the open file has is all there is
+	gone         bool // deleted: what the open file or the link has is all there is
 	replaced     bool // overwritten in place: the file is another generation now
-	again        bool // closed as finished, and then seen to have grown
+	restored     bool // found in the spool, and not yet seen elsewhere
+	finished     bool // superseded and read to its end
+	again        bool // finished, and then seen to have grown
 
 	// before is the generation that this one overwrote in place. If both begin
 	// with the same line, times tells them apart.
@@ -65,7 +81,12 @@ func (g *generation) open() error {
 	if g.file != nil {
 		return nil
 	}
-	file, err := os.Open(g.path)
+	path := g.path
+	if g.gone && g.link != "" {
+		path = g.link
+	}
+	// Without O_NONBLOCK a pipe would keep us until somebody writes to it.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
@@ -84,6 +105,9 @@ func (g *generation) open() error {
 		return errors.Join(err, file.Close())
 	}
 	g.file = file
+	if strings.HasSuffix(g.path, ".gz") {
+		g.gz = &inflater{file: file}
+	}
 	return nil
 }
 
@@ -93,10 +117,13 @@ func (g *generation) close() error {
 	}
 	err := g.file.Close()
 	g.file = nil
+	if g.gz != nil {
+		g.gz = &inflater{}
+	}
 	return err
 }
 
-// unlinked reports whether the file has no name left.
+// unlinked reports whether the file has no name left but that in the spool.
 func (g *generation) unlinked() bool {
 	if g.file == nil {
 		return false
@@ -105,8 +132,23 @@ func (g *generation) unlinked() bool {
 	if err != nil {
 		return false
 	}
+	return names(info) == g.links()
+}
+
+// links is how many of the file's names are our own.
+func (g *generation) links() uint64 {
+	if g.link == "" {
+		return 0
+	}
+	return 1
+}
+
+func names(info fs.FileInfo) uint64 {
 	st, ok := info.Sys().(*syscall.Stat_t)
-	return ok && st.Nlink == 0
+	if !ok {
+		return 1 << 16
+	}
+	return uint64(st.Nlink) //nolint:unconvert // narrower on some systems
 }
 
 // unread is where the bytes begin that no complete line has been made of.
@@ -117,10 +159,18 @@ func (g *generation) unread() int64 {
 	return g.offset
 }
 
+// readAt is io.ReaderAt for plain and for compressed files.
+func (g *generation) readAt(b []byte, offset int64) (int, error) {
+	if g.gz != nil {
+		return g.gz.readAt(b, offset)
+	}
+	return g.file.ReadAt(b, offset)
+}
+
 // head reads the first n bytes of the file.
 func (g *generation) head(n int) ([]byte, error) {
 	b := make([]byte, n)
-	m, err := g.file.ReadAt(b, 0)
+	m, err := g.readAt(b, 0)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
@@ -138,7 +188,7 @@ func (g *generation) same() (bool, error) {
 
 // identify gives the generation its id and its place, once the first line is
 // whole or so long that its beginning will do. A final one takes what there is.
-func (f *Follower) identify(g *generation, final bool) error {
+func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 	if g.id != "" {
 		return nil
 	}
@@ -154,15 +204,54 @@ func (f *Follower) identify(g *generation, final bool) error {
 		return nil
 	}
 	g.first, g.hash = len(b), sha256.Sum256(b)
-	g.id = fmt.Sprintf("%x-%x-%x", g.dev, g.ino, g.hash[:8])
+	g.id = fmt.Sprintf("%s%x", identity(g.dev, g.ino), g.hash[:8])
 	if g.before != nil && g.before.hash == g.hash {
 		g.times = g.before.times + 1
 		g.id = fmt.Sprintf("%s-%d", g.id, g.times)
 	}
+	g.origin = g.id
+	if l.stamped(b) {
+		where := sha256.Sum256([]byte(filepath.Base(filepath.Dir(filepath.Dir(l.path))) + "/" + filepath.Base(filepath.Dir(l.path))))
+		g.origin = fmt.Sprintf("%x-%x", where[:6], g.hash[:8])
+		if g.times > 0 {
+			g.origin = fmt.Sprintf("%s-%d", g.origin, g.times)
+		}
+	}
 	g.before = nil
-	at := f.book.Open(g.id, g.path)
+	if g.gz != nil {
+		// The copy has another inode than what it was made of. Its first line finds the account.
+		if id, ok := f.known(l, g); ok {
+			g.id = id
+		}
+	}
+	at := f.book.Open(g.id, g.path, l.owner)
 	g.offset, g.done = at.Offset, at.Above
+	f.keep(l, g)
 	return nil
+}
+
+// stamped reports whether the line has a time of nanoseconds, which makes it unique among
+// the lines of its container.
+func (l *containerLog) stamped(line []byte) bool {
+	if l.input != nil {
+		return false
+	}
+	line = bytes.TrimSuffix(line, []byte{'\n'})
+	_, problem := cri.Parse(line)
+	return problem == cri.OK || cri.IsDocker(line)
+}
+
+// identity is how the ids of all generations with these numbers begin.
+func identity(dev, ino uint64) string { return fmt.Sprintf("%x-%x-", dev, ino) }
+
+// known returns the account of the file of which g is the compressed copy.
+func (f *Follower) known(l *containerLog, g *generation) (id string, ok bool) {
+	hash := fmt.Sprintf("%x", g.hash[:8])
+	folder := filepath.Dir(l.path)
+	return f.book.Find(func(file, path string) bool {
+		parts := strings.Split(file, "-")
+		return len(parts) > 2 && parts[2] == hash && filepath.Dir(path) == folder
+	})
 }
 
 // covered reports whether the physical line [start, end) was settled before a
@@ -172,4 +261,67 @@ func (g *generation) covered(start, end int64) bool {
 		g.done = g.done[1:]
 	}
 	return len(g.done) > 0 && g.done[0].Start <= start && end <= g.done[0].End
+}
+
+// inflater reads a compressed file forwards, and keeps what it read last, because the
+// reader comes back for the beginning of a line.
+type inflater struct {
+	file *os.File
+	z    *gzip.Reader
+	last []byte // what lies before next
+	next int64  // offset behind what was inflated
+	end  bool
+}
+
+func (z *inflater) readAt(b []byte, offset int64) (int, error) {
+	begin := z.next - int64(len(z.last))
+	if z.z == nil || offset < begin {
+		if _, err := z.file.Seek(0, io.SeekStart); err != nil {
+			return 0, err
+		}
+		r, err := gzip.NewReader(z.file)
+		if err != nil {
+			return 0, err
+		}
+		*z = inflater{file: z.file, z: r}
+		begin = 0
+	}
+	n := 0
+	if offset < z.next {
+		n = copy(b, z.last[offset-begin:])
+	} else if skip := offset - z.next; skip > 0 {
+		m, err := io.CopyN(io.Discard, z.z, skip)
+		z.next, z.last = z.next+m, z.last[:0]
+		if err != nil {
+			return 0, err
+		}
+	}
+	for n < len(b) && !z.end {
+		m, err := z.z.Read(b[n:])
+		n += m
+		z.next += int64(m)
+		if errors.Is(err, io.EOF) {
+			z.end = true
+		} else if err != nil {
+			return n, err
+		}
+	}
+	z.last = append(z.last[:0], b[:n]...)
+	if n < len(b) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// inflatedSize is the size of the content as the file's last four bytes say (RFC 1952,
+// section 2.3.1: modulo 2^32; kubelet's files are smaller).
+func inflatedSize(file *os.File, size int64) (int64, error) {
+	if size < 18 {
+		return 0, fmt.Errorf("%s has %d bytes; no gzip file is so short", file.Name(), size)
+	}
+	var b [4]byte
+	if _, err := file.ReadAt(b[:], size-4); err != nil {
+		return 0, err
+	}
+	return int64(binary.LittleEndian.Uint32(b[:])), nil
 }

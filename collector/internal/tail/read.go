@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/cri"
@@ -22,9 +23,9 @@ const (
 )
 
 // Read gives every log that is ready a turn of at most Quantum bytes, in the
-// order in which they became ready, and calls emit with each logical line. emit
-// returns whether there is credit for more; it always takes the line that it is
-// given, and up to three more where a file ends. Read returns whether there is
+// order in which they became ready, and calls emit with each record. emit
+// returns whether there is credit for more; it always takes the record that it is
+// given, and up to six more where a file ends. Read returns whether there is
 // more to read now.
 func (f *Follower) Read(emit func(Entry) bool) (more bool) {
 	f.emit = emit
@@ -54,10 +55,13 @@ func (f *Follower) Read(emit func(Entry) bool) (more bool) {
 }
 
 // turn reads the generations of a log in order. It goes on to a newer one only
-// when the older is finished, because lines must stay in order and a logical
-// line may go on in the next file.
+// when the older is finished, because lines must stay in order and a record may
+// go on in the next file.
 func (f *Follower) turn(l *containerLog) stop {
 	l.waiting = false
+	if !f.prepare(l) {
+		return atEnd
+	}
 	if l.budget <= 0 {
 		l.budget = Quantum
 	}
@@ -68,11 +72,11 @@ func (f *Follower) turn(l *containerLog) stop {
 			return why
 		}
 		last := l.gens[len(l.gens)-1] == g
-		if last && !g.gone && !g.replaced {
-			return atEnd
+		if last && !g.gone && !g.replaced && g.gz == nil {
+			break
 		}
-		if g.file == nil && !g.gone && !g.replaced {
-			continue // finished before
+		if g.finished && !g.gone && !g.replaced {
+			continue
 		}
 		// Superseded or deleted: finished once it has been quiet for a while. One
 		// that was superseded twice has been left by the runtime long ago, so what
@@ -81,18 +85,21 @@ func (f *Follower) turn(l *containerLog) stop {
 		if twice := len(l.gens)-slices.Index(l.gens, g) > 2; twice && g.modified.Before(quiet) {
 			quiet = g.modified
 		}
-		if !g.replaced && f.cfg.Now().Sub(quiet) < f.cfg.Grace {
+		if !g.replaced && g.gz == nil && f.cfg.Now().Sub(quiet) < f.cfg.Grace {
 			l.waiting = true
-			return atEnd
+			break
 		}
 		credit, ok := f.finish(l, g, last)
 		if !ok {
 			l.waiting = true
-			return atEnd
+			break
 		}
 		if !credit {
 			return noCredit
 		}
+	}
+	if !f.letGo(l) {
+		return noCredit
 	}
 	return atEnd
 }
@@ -100,8 +107,8 @@ func (f *Follower) turn(l *containerLog) stop {
 // finish takes the end of a generation that will not grow any more.
 func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok bool) {
 	credit = true
-	if g.id == "" && !g.replaced {
-		if err := f.identify(g, true); err != nil {
+	if g.id == "" && !g.replaced && g.file != nil {
+		if err := f.identify(l, g, true); err != nil {
 			f.failed("read", g.path, err)
 			return true, false
 		}
@@ -109,27 +116,49 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 			f.book.Written(g.id, g.size)
 		}
 	}
-	if g.id != "" && !g.replaced && g.file != nil {
+	if g.id != "" && !g.replaced && g.file != nil && l.policy.Off == "" {
 		line, start, cut := g.long, g.longStart, g.longCut
 		if !g.inLong {
-			n, err := g.file.ReadAt(f.buf, g.offset)
-			if err != nil && !errors.Is(err, io.EOF) {
-				f.failed("read", g.path, err)
-				return true, false
+			n := 0
+			if g.gz == nil || g.offset < g.size {
+				var err error
+				if n, err = g.readAt(f.buf, g.offset); err != nil && !errors.Is(err, io.EOF) {
+					f.failed("read", g.path, err)
+					return true, false
+				}
 			}
 			line, start, cut = f.buf[:n], g.offset, 0
 			g.offset += int64(n)
 		}
 		if g.offset > start {
-			credit = f.line(l, g, line, cut, start, g.offset)
+			credit = f.line(l, g, line, "", cut, start, g.offset)
 		}
 		g.endLong()
+	}
+	g.finished = true
+	if g.gone && g.file == nil && g.unread() < g.size && g.gz == nil {
+		f.giveUp(g, ledger.RotatedAway) // neither the open file nor a link is left
+	}
+	if g.gone && g.gzPath != "" && !g.replaced {
+		// What it was lives on as the compressed copy, which is not to be read again.
+		// Should we end now, the next process finds the account by the copy.
+		f.book.Open(g.id, g.gzPath, l.owner)
+		if err := g.close(); err != nil {
+			f.failed("close", g.path, err)
+		}
+		g.path, g.gzPath, g.gone, g.gz = g.gzPath, "", false, &inflater{}
+		return credit, true
 	}
 	if g.gone || g.replaced {
 		if last || g.replaced { // what would have ended an open line will not come
 			for _, s := range [...]cri.Stream{cri.Stdout, cri.Stderr} {
 				if j, ok := l.joiner.Flush(s); ok {
-					credit = f.send(l, j)
+					credit = f.group(l, j, "")
+				}
+			}
+			for s := range l.held {
+				if l.held[s].open() {
+					credit = f.flush(l, cri.Stream(s))
 				}
 			}
 		}
@@ -144,36 +173,48 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 
 func (g *generation) endLong() { g.long, g.longCut, g.inLong = nil, 0, false }
 
+// idleAfter is how long nothing has to happen to a file until it is closed: an
+// open file each for thousands of silent containers is more than a process may have.
+const idleAfter = time.Minute
+
 // read reads a generation until its end, or until budget or credit are used up.
 func (f *Follower) read(l *containerLog, g *generation) stop {
-	if g.replaced {
+	if g.replaced || g.finished && !g.again {
 		return atEnd
 	}
-	if g.file == nil {
-		if g.gone || !g.again {
-			return atEnd
+	g.again = false
+	if err := g.open(); err != nil {
+		if !errors.Is(err, errOther) {
+			f.failed("open", g.path, err)
 		}
-		g.again = false
-		if err := g.open(); err != nil {
-			if !errors.Is(err, errOther) {
-				f.failed("open", g.path, err)
-			}
-			return atEnd
-		}
+		return atEnd
 	}
 	if !f.verify(l, g) || g.id == "" {
 		return atEnd
+	}
+	if l.policy.Off != "" {
+		if g.size > g.unread() {
+			f.book.GiveUp(g.id, g.unread(), ledger.ByRule)
+			g.offset = g.size
+			g.endLong()
+		}
 	}
 	for g.offset < g.size {
 		if l.budget <= 0 {
 			return noBudget
 		}
-		n, err := g.file.ReadAt(f.buf, g.offset)
+		n, err := g.readAt(f.buf, g.offset)
 		if err != nil && !errors.Is(err, io.EOF) {
 			f.failed("read", g.path, err)
+			if g.gz != nil { // it will not get better
+				f.unreadable(g, err)
+			}
 			return atEnd
 		}
 		if n == 0 {
+			if g.gz != nil {
+				f.unreadable(g, io.ErrUnexpectedEOF)
+			}
 			break
 		}
 		used, credit := f.chunk(l, g, f.buf[:n])
@@ -185,29 +226,49 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 			break
 		}
 	}
-	if g.quietSince.IsZero() {
-		g.quietSince = f.cfg.Now()
+	now := f.cfg.Now()
+	switch {
+	case g.quietSince.IsZero():
+		g.quietSince = now
+	case g.link != "" && !g.inLong && g.offset == g.size && now.Sub(g.quietSince) > idleAfter:
+		if err := g.close(); err != nil {
+			f.failed("close", g.path, err)
+		}
 	}
 	return atEnd
 }
 
+// unreadable gives up the rest of a damaged compressed file.
+func (f *Follower) unreadable(g *generation, err error) {
+	n := f.book.GiveUp(g.id, g.unread(), ledger.Unreadable)
+	g.offset = g.size
+	g.endLong()
+	f.log.Warn("the rest of a compressed log file is lost: it cannot be read", "log.file.path", g.path, "outrigger.lost_bytes", n,
+		"outrigger.cause", ledger.Unreadable.String(), "error.message", err.Error())
+}
+
 // chunk takes the lines in data, which was read at g.offset, and returns how
-// many bytes it used.
+// many bytes it used. The bodies of all its records share one copy of it.
 func (f *Follower) chunk(l *containerLog, g *generation, data []byte) (used int, credit bool) {
+	whole := ""
+	if end := bytes.LastIndexByte(data, '\n'); end >= 0 {
+		whole = string(data[:end])
+	}
 	for {
 		i := bytes.IndexByte(data[used:], '\n')
 		if i < 0 {
 			break
 		}
 		line, start, cut := data[used:used+i], g.offset, 0
+		text := whole[used : used+i]
 		end := start + int64(i) + 1
 		if g.inLong {
 			g.lengthen(line)
-			line, start, cut = g.long, g.longStart, g.longCut
+			line, text, start, cut = g.long, "", g.longStart, g.longCut
 		}
 		used += i + 1
 		g.offset = end
-		credit = f.line(l, g, line, cut, start, end)
+		credit = f.line(l, g, line, text, cut, start, end)
 		g.endLong()
 		if !credit {
 			return used, false
@@ -235,6 +296,9 @@ func (g *generation) lengthen(b []byte) {
 // being read. If it was overwritten in place, the old generation is given up
 // from where nobody read it, and the new one takes its turn after it.
 func (f *Follower) verify(l *containerLog, g *generation) bool {
+	if g.gz != nil {
+		return true // written once
+	}
 	info, err := g.file.Stat()
 	if err != nil {
 		f.failed("stat", g.path, err)
@@ -244,7 +308,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 	g.modified = info.ModTime()
 	if g.id == "" {
 		g.note(size)
-		if err := f.identify(g, false); err != nil {
+		if err := f.identify(l, g, false); err != nil {
 			f.failed("read", g.path, err)
 			return false
 		}
@@ -285,45 +349,143 @@ func (f *Follower) replace(l *containerLog, g *generation) {
 	g.replaced = true
 	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, before: g}
 	g.file = nil
+	f.unlink(g.link) // it is the new one's inode by now
+	g.link = ""
 	i := slices.Index(l.gens, g)
 	l.gens = slices.Insert(l.gens, i+1, next)
 	f.enqueue(l)
 }
 
-// line takes one physical line.
-func (f *Follower) line(l *containerLog, g *generation, text []byte, cut int, start, end int64) (credit bool) {
+// line takes one physical line. text is the same line as a string that may be
+// kept; empty where there is none.
+func (f *Follower) line(l *containerLog, g *generation, line []byte, text string, cut int, start, end int64) (credit bool) {
 	if g.covered(start, end) {
 		return true
 	}
-	parsed, problem := cri.Parse(text)
+	if l.input != nil && l.input.Format == Envelope {
+		return f.envelope(l, g, line, start, end)
+	}
+	parsed, problem, shares := l.parse(line)
 	if problem != cri.OK {
 		f.metrics.Malformed.WithLabelValues(problem.String()).Inc()
 	}
-	j, ok := l.joiner.Add(parsed, problem, cut, cri.Span{File: g.id, Start: start, End: end})
+	at := cri.Span{File: g.id, Start: start, End: end}
+	if cut == 0 && l.joiner.Passes(parsed) {
+		j := cri.Joined{Time: parsed.Time, Stream: parsed.Stream, Text: parsed.Text, Problem: problem, Lines: 1}
+		j.Spans = f.slab.span(at)
+		if shares && len(text) == len(line) { // the text is the end of the line
+			return f.group(l, j, text[len(text)-len(parsed.Text):])
+		}
+		return f.group(l, j, "")
+	}
+	j, ok := l.joiner.Add(parsed, problem, cut, at)
 	if !ok {
 		return true
 	}
-	return f.send(l, j)
+	j.Spans = slices.Clone(j.Spans)
+	return f.group(l, j, "")
 }
 
-func (f *Follower) send(l *containerLog, j cri.Joined) (credit bool) {
+// parse reads a line in the log's format. shares says that the text is the end of the line itself.
+func (l *containerLog) parse(line []byte) (parsed cri.Line, problem cri.Problem, shares bool) {
+	format := CRI
+	switch {
+	case l.input != nil:
+		format = l.input.Format
+	case cri.IsDocker(line):
+		format = Docker
+	}
+	switch format {
+	case CRI:
+		parsed, problem = cri.Parse(line)
+		return parsed, problem, true
+	case Docker:
+		parsed, problem = cri.Docker(line)
+		return parsed, problem, problem != cri.OK
+	default:
+		return cri.Line{Text: line}, cri.OK, true
+	}
+}
+
+// origin is the name of a generation in the ids of its records.
+func (l *containerLog) origin(id string) string {
+	for _, g := range l.gens {
+		if g.id == id {
+			return g.origin
+		}
+	}
+	return id // gone since a part of the record was read
+}
+
+// envelope takes a line that is a record written down.
+func (f *Follower) envelope(l *containerLog, g *generation, line []byte, start, end int64) (credit bool) {
+	r := f.slab.record()
+	now := f.cfg.Now()
+	*r = record.Record{Time: now, Resource: l.resource}
+	if err := l.input.Decode(line, r); err != nil {
+		f.metrics.Malformed.WithLabelValues("envelope").Inc()
+		*r = record.Record{Time: now, Resource: l.resource, Body: string(line[:min(len(line), record.MaxBody)])}
+	}
+	r.Observed = now
+	if r.Origin.File == "" { // it may have come from elsewhere
+		r.Origin = record.Origin{File: g.origin, Path: l.path, Offset: start, End: end}
+	}
+	return f.emit(Entry{Record: r, Spans: f.slab.span(cri.Span{File: g.id, Start: start, End: end})})
+}
+
+// send hands a record on. Its spans are its own; text is its body.
+func (f *Follower) send(l *containerLog, j cri.Joined, text string) (credit bool) {
 	now := f.cfg.Now()
 	at := j.Time
 	if at.IsZero() {
 		at = now
 	}
 	first, last := j.Spans[0], j.Spans[0]
+	bytes := int64(0)
 	for _, s := range j.Spans {
 		if s.File == first.File {
 			last = s
 		}
+		bytes += s.End - s.Start
 	}
-	return f.emit(Entry{
-		Record: &record.Record{
-			Time: at, Observed: now, Stream: j.Stream.String(), Body: string(j.Text), TruncatedBytes: j.Cut,
-			Resource: l.resource,
-			Origin:   record.Origin{File: first.File, Path: l.path, Offset: first.Start, End: last.End},
-		},
-		Spans: slices.Clone(j.Spans),
-	})
+	file := l.origin(first.File)
+	if j.Lines > 1 {
+		// How many lines were joined may depend on when they were read. A backend that
+		// knows records by their origin must not take a longer one for one that it has.
+		file += "+" + strconv.FormatInt(bytes, 10)
+	}
+	r := f.slab.record()
+	*r = record.Record{
+		Time: at, Observed: now, Stream: j.Stream.String(), Body: text, TruncatedBytes: j.Cut,
+		Resource: l.resource,
+		Origin:   record.Origin{File: file, Path: l.path, Offset: first.Start, End: last.End},
+	}
+	return f.emit(Entry{Record: r, Spans: j.Spans})
+}
+
+// slab hands out records and spans of which many are made at a time.
+type slab struct {
+	records []record.Record
+	spans   []cri.Span
+}
+
+const slabSize = 128
+
+func (s *slab) record() *record.Record {
+	if len(s.records) == 0 {
+		s.records = make([]record.Record, slabSize)
+	}
+	r := &s.records[0]
+	s.records = s.records[1:]
+	return r
+}
+
+func (s *slab) span(at cri.Span) []cri.Span {
+	if len(s.spans) == 0 {
+		s.spans = make([]cri.Span, slabSize)
+	}
+	out := s.spans[:1:1]
+	out[0] = at
+	s.spans = s.spans[1:]
+	return out
 }

@@ -166,7 +166,7 @@ func TestWhereARecordComesFrom(t *testing.T) {
 	want := &record.Record{
 		Time: time.Date(2026, 11, 23, 2, 0, 0, 1, time.UTC), Observed: time.Date(2026, 11, 23, 3, 0, 0, 0, time.UTC), Stream: "stdout", Body: "hello",
 		Resource: &record.Resource{Cluster: "c1", Node: "n1", Namespace: "shop", Pod: "cart-7d9c8b5f6d-x2vzq", PodUID: "u1", Container: "app", Service: "cart"},
-		Origin:   record.Origin{File: e.Spans[0].File, Path: n.path(cart), Offset: 0, End: 46},
+		Origin:   record.Origin{File: "84f6eac7880e-5fcd5154a1c42133", Path: n.path(cart), Offset: 0, End: 46},
 	}
 	if d := cmp.Diff(want, e.Record); d != "" {
 		t.Errorf("record (-want +got):\n%s", d)
@@ -406,7 +406,7 @@ func TestNotRead(t *testing.T) {
 	n.raw("shop_cart-7d9c8b5f6d-x2vzq_u1/app/notes.txt", "x\n")
 	n.raw("README/x/0.log", "x\n")
 	n.want("1")
-	for reason, want := range map[string]float64{"gzip": 1, "not_a_log": 2, "not_a_pod": 1} {
+	for reason, want := range map[string]float64{"damaged_gzip": 1, "not_a_log": 2, "not_a_pod": 1} {
 		if got := testutil.ToFloat64(n.metrics.Skipped.WithLabelValues(reason)); got != want {
 			t.Errorf("skipped as %s: %v; want %v", reason, got, want)
 		}

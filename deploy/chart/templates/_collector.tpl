@@ -9,9 +9,15 @@
 {{- with .Values.clusterName }}{{ $_ := set $config "cluster" . }}{{ end }}
 {{- if $v.logs.outputs }}
 {{- $logs := dict "folder" $v.logs.folder "outputs" $v.logs.outputs }}
+{{- with $v.logs.linkedFolders }}{{ $_ := set $logs "linkedFolders" . }}{{ end }}
+{{- if $v.logs.spool }}{{ $_ := set $logs "spool" (print (dir $v.logs.folder) "/outrigger") }}{{ end }}
+{{- with $v.logs.spoolBytes }}{{ $_ := set $logs "spoolBytes" (int64 .) }}{{ end }}
+{{- with $v.logs.rules }}{{ $_ := set $logs "rules" . }}{{ end }}
+{{- with $v.logs.quotas }}{{ $_ := set $logs "quotas" . }}{{ end }}
 {{- with $v.logs.batch }}{{ $_ := set $logs "batch" . }}{{ end }}
 {{- with $v.logs.inFlight }}{{ $_ := set $logs "inFlight" . }}{{ end }}
 {{- $_ := set $config "logs" $logs }}
+{{- if $v.kubernetes.watch }}{{ $_ := set $config "kubernetes" (dict "watch" true) }}{{ end }}
 {{- end }}
 {{- with $v.outputs }}{{ $_ := set $config "outputs" . }}{{ end }}
 {{- toYaml $config }}

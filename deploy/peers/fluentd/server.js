@@ -2,7 +2,7 @@
 // listens on 127.0.0.1, prints {"port": n} and then one line of JSON for every
 // event that it has received, and ends when its standard input is closed.
 //
-//   node server.js [--port N] [--shared-key KEY]
+//   node server.js [--port N] [--shared-key KEY [--user NAME --password PASSWORD]]
 "use strict";
 
 const { EventTime, FluentServer } = require("@fluent-org/logger");
@@ -13,9 +13,10 @@ function option(name) {
 }
 
 const key = option("shared-key");
+const user = option("user");
 const server = new FluentServer({
   listenOptions: { port: Number(option("port") || 0), host: "127.0.0.1" },
-  security: key && { serverHostname: "peer", sharedKey: key, authorize: false, userDict: {} },
+  security: key && { serverHostname: "peer", sharedKey: key, authorize: Boolean(user), userDict: user ? { [user]: option("password") } : {} },
 });
 
 server.on("entry", (tag, time, record) => {

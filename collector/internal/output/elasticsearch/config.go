@@ -9,9 +9,25 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"regexp"
+	"strconv"
 	"strings"
 	"time"
+
+	"github.com/outrigger-mesh/outrigger/collector/record"
 )
+
+const (
+	setupAuto     = "auto"
+	setupOff      = "off"
+	setupRequired = "required"
+
+	labelsAuto      = "auto"
+	labelsFlattened = "flattened"
+	labelsDedot     = "dedot"
+)
+
+var timeUnit = regexp.MustCompile(`^[1-9][0-9]{0,5}[dhms]$`)
 
 // Config is the output's part of the collector's configuration.
 type Config struct {
@@ -37,7 +53,7 @@ type Config struct {
 
 	// DataStream writes to the data streams logs-<dataset>-<namespace>; default
 	// true. The dataset is the record's event.dataset, or Dataset where it has
-	// none (default "generic"). The namespace is Namespace (default "default"): a
+	// none (default "outrigger"). The namespace is Namespace (default "default"): a
 	// name of the installation, not Kubernetes'.
 	DataStream *bool  `yaml:"dataStream"`
 	Dataset    string `yaml:"dataset"`
@@ -47,8 +63,29 @@ type Config struct {
 	// Pipeline is the ingest pipeline, none by default.
 	Pipeline string `yaml:"pipeline"`
 
-	// Compression of requests: gzip (default) or none.
-	Compression string `yaml:"compression"`
+	// Setup makes an index template for the data streams logs-outrigger*, with its
+	// component template, or brings an older one up to date: auto (default) tries
+	// and goes on without, required ships nothing until they are there, off does
+	// not try. Nothing that others made is touched.
+	Setup string `yaml:"setup"`
+	// Retention of these data streams in Elasticsearch's units, such as 30d. None by
+	// default: then logs@lifecycle decides, where the cluster has it.
+	Retention string `yaml:"retention"`
+	// Labels of pods: flattened sends them as one object under their own keys,
+	// dedot as fields with underscores for dots and slashes. auto (default) looks at
+	// the mapping of each data stream.
+	Labels string `yaml:"labels"`
+	// MaxFields of a structured line; those after them in the order of their names
+	// are one text, outrigger.extra. Default 256.
+	MaxFields int `yaml:"maxFields"`
+
+	// Concurrency is how many bulk requests are under way at a time at most, 1 to
+	// 64. Default 4.
+	Concurrency int `yaml:"concurrency"`
+	// Compression of requests: gzip (default) or none. CompressionLevel is 1 (fast,
+	// default) to 9.
+	Compression      string `yaml:"compression"`
+	CompressionLevel int    `yaml:"compressionLevel"`
 	// Timeout of one attempt. Default 30s.
 	Timeout time.Duration `yaml:"timeout"`
 }
@@ -63,10 +100,20 @@ func (c Config) withDefaults() Config {
 			*field = value
 		}
 	}
-	def(&c.Dataset, "generic")
+	def(&c.Dataset, ours)
 	def(&c.Namespace, "default")
 	def(&c.Index, "logs-outrigger")
+	def(&c.Setup, setupAuto)
+	def(&c.Labels, labelsAuto)
 	def(&c.Compression, "gzip")
+	for _, n := range []struct {
+		field *int
+		value int
+	}{{&c.MaxFields, record.MaxAttributes}, {&c.Concurrency, 4}, {&c.CompressionLevel, 1}} {
+		if *n.field == 0 {
+			*n.field = n.value
+		}
+	}
 	if c.Timeout == 0 {
 		c.Timeout = 30 * time.Second
 	}
@@ -113,6 +160,22 @@ func (c Config) Validate() error {
 		return bad("certFile", c.CertFile, "and keyFile go together", "set both or neither")
 	case c.Compression != "gzip" && c.Compression != "none":
 		return bad("compression", c.Compression, "is not known", "write gzip or none")
+	case c.CompressionLevel < 1 || c.CompressionLevel > 9:
+		return bad("compressionLevel", strconv.Itoa(c.CompressionLevel), "is not a level of gzip", "write 1 (fast) to 9 (small)")
+	case c.Concurrency < 1 || c.Concurrency > 64:
+		return bad("concurrency", strconv.Itoa(c.Concurrency), "is out of range", "write 1 to 64")
+	case c.MaxFields < 1 || c.MaxFields > 10_000:
+		return bad("maxFields", strconv.Itoa(c.MaxFields), "is out of range", "write 1 to 10000")
+	case c.Setup != setupAuto && c.Setup != setupOff && c.Setup != setupRequired:
+		return bad("setup", c.Setup, "is not known", "write auto, required or off")
+	case c.Setup == setupRequired && !*c.DataStream:
+		return bad("setup", c.Setup, "is for data streams", "leave dataStream at true, or setup out")
+	case c.Labels != labelsAuto && c.Labels != labelsFlattened && c.Labels != labelsDedot:
+		return bad("labels", c.Labels, "is not known", "write auto, flattened or dedot")
+	case c.Retention != "" && !timeUnit.MatchString(c.Retention):
+		return bad("retention", c.Retention, "is not a time as Elasticsearch writes it", "write such as 30d or 12h")
+	case c.Retention != "" && c.Setup == setupOff:
+		return bad("retention", c.Retention, "has no effect with setup: off", "set the retention in the template that you manage")
 	case c.Timeout < time.Second:
 		return bad("timeout", c.Timeout.String(), "is shorter than a second", "write 30s")
 	case part(c.Dataset) != c.Dataset:

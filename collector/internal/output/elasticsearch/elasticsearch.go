@@ -1,36 +1,44 @@
 // Package elasticsearch is the output to Elasticsearch 8 and 9 by the bulk API.
 //
 // It knows how a batch becomes one bulk request and what the answer says of
-// every record. It keeps no queue and repeats nothing: one Write is one request
-// to one node, and the pipeline, which calls it, owns retries, batch sizes and
-// the circuit breaker. So it uses the client's low-level bulk call with the
-// client's own retries switched off, and not its bulk indexer, which forgets the
-// items of a failed request.
+// every record, and which templates make Kibana good on first sight. It keeps no
+// queue and repeats nothing: one Write is one bulk request to one node, and the
+// pipeline, which calls it, owns retries, batch sizes and the circuit breaker. So
+// it uses the client's transport with the client's own retries switched off, and
+// not its bulk indexer, which forgets the items of a failed request.
 //
 // A record's _id is made from its place in its file, and the operation is
 // "create": a record that is sent twice is stored once, and the 409 of the second
 // time is an acknowledgement. That holds within one backing index; a data stream
 // that rolls over between the two attempts stores both.
+//
+// A document is record.Fields as JSON, with three differences, each there because
+// the document would be refused otherwise: names that clash are moved (see
+// names.go), attributes over Config.MaxFields are one text in outrigger.extra, and
+// where the mapping has kubernetes.labels as a flattened field the labels are one
+// object under their own keys ("app.kubernetes.io/name"), so that a label can
+// neither clash with another nor use up the index's limit of fields. Elsewhere
+// they are fields with underscores (kubernetes.labels.app_kubernetes_io_name).
 package elasticsearch
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	es "github.com/elastic/go-elasticsearch/v8"
-	"github.com/elastic/go-elasticsearch/v8/esapi"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/record"
@@ -48,6 +56,23 @@ type Output struct {
 	log       *slog.Logger
 	client    *es.BaseClient
 	transport *http.Transport
+	encoders  chan *encoder // idle ones, at most Concurrency
+
+	setupDone atomic.Bool
+	setupMu   sync.Mutex // held while setup runs
+	setupNext time.Time
+
+	streamsMu      sync.RWMutex
+	streams        map[string]*stream // by event.dataset as the logs write it
+	tooManyStreams atomic.Bool
+
+	// askFirst is the size of the smallest request whose connection broke while it
+	// was sent; 0 without one. The server may have refused the size, and closed
+	// before its 413 could be read: such requests wait for "100 Continue".
+	askFirst atomic.Int64
+
+	failureStored atomic.Int64
+	toldStored    atomic.Int64 // when, in Unix seconds
 }
 
 // New makes the output. It reads the certificates but does not connect; a server
@@ -67,26 +92,31 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 		TLSClientConfig:       tlsConfig,
 		TLSHandshakeTimeout:   10 * time.Second,
 		IdleConnTimeout:       60 * time.Second,
-		MaxIdleConnsPerHost:   2,
+		MaxIdleConnsPerHost:   cfg.Concurrency,
+		ExpectContinueTimeout: time.Second,
 		ForceAttemptHTTP2:     true,
 		ResponseHeaderTimeout: cfg.Timeout,
 	}
-	client, err := es.NewBaseClient(es.Config{
-		Addresses: cfg.Addresses, CloudID: cfg.CloudID, Transport: transport,
-		DisableRetry:        true,
-		CompressRequestBody: cfg.Compression == "gzip", PoolCompressor: true,
-	})
+	client, err := es.NewBaseClient(es.Config{Addresses: cfg.Addresses, CloudID: cfg.CloudID, Transport: transport, DisableRetry: true})
 	if err != nil {
 		return nil, fmt.Errorf("elasticsearch: %w", err)
 	}
-	return &Output{cfg: cfg, log: log, client: client, transport: transport}, nil
+	o := &Output{cfg: cfg, log: log, client: client, transport: transport, encoders: make(chan *encoder, cfg.Concurrency), streams: map[string]*stream{}}
+	o.setupDone.Store(cfg.Setup == setupOff || !*cfg.DataStream)
+	return o, nil
 }
 
 // Kind returns "elasticsearch".
 func (*Output) Kind() string { return "elasticsearch" }
 
-// Traits: one Write at a time.
-func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
+// Traits: as many Writes at a time as the configuration says. Order does not
+// matter to Elasticsearch: readers sort by time and offset.
+func (o *Output) Traits() output.Traits { return output.Traits{Concurrency: o.cfg.Concurrency} }
+
+// FailureStored returns how many records Elasticsearch put into the failure store
+// of their data stream, because no mapping took them. They count as acknowledged:
+// they are kept there, with the reason, under <data stream>::failures.
+func (o *Output) FailureStored() int64 { return o.failureStored.Load() }
 
 // Close closes the idle connections.
 func (o *Output) Close() error {
@@ -94,175 +124,143 @@ func (o *Output) Close() error {
 	return nil
 }
 
-// Write sends the batch as one bulk request.
+// Write sends the batch as one bulk request. It is safe for concurrent use.
 func (o *Output) Write(ctx context.Context, batch []*record.Record) output.Result {
-	body, sent, rejected := o.encode(batch)
-	if len(sent) == 0 {
-		return output.Result{Rejected: rejected}
+	ctx, cancel := context.WithTimeout(ctx, o.cfg.Timeout)
+	defer cancel()
+	now := time.Now()
+	if not := o.ready(ctx, now); not != nil {
+		return *not
 	}
-	header, err := o.cfg.authorization()
+	o.prepare(ctx, batch, now)
+	e, err := o.take()
 	if err != nil {
 		return output.Result{Err: err, Permanent: true}
 	}
-	ctx, cancel := context.WithTimeout(ctx, o.cfg.Timeout)
-	defer cancel()
-	req := esapi.BulkRequest{
-		Body: body, Pipeline: o.cfg.Pipeline, Header: http.Header{"Content-Type": {"application/x-ndjson"}},
-		// The rest of the answer repeats what was sent.
-		FilterPath: []string{"errors", "items.*.status", "items.*.error.type", "items.*.error.reason", "items.*.error.caused_by.reason"},
+	defer o.give(e)
+	rejected := e.encode(batch, o.to)
+	if len(e.sent) == 0 {
+		return output.Result{Rejected: rejected}
 	}
-	if header != "" {
-		req.Header.Set("Authorization", header)
-	}
-	resp, err := req.Do(ctx, o.client)
+	lent := &body{data: e.out.Bytes()}
+	defer lent.takeBack()
+	size := int64(e.out.Len())
+	resp, err := o.send(ctx, lent, size)
 	if err != nil {
 		// The client asks for a header that every Elasticsearch sends.
 		unknown := strings.Contains(err.Error(), "not Elasticsearch")
-		return output.Result{Err: fmt.Errorf("elasticsearch: %w", err), Permanent: unknown}
+		if size > 1<<20 && (errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)) {
+			if smallest := o.askFirst.Load(); smallest == 0 || size < smallest {
+				o.askFirst.Store(size)
+			}
+		}
+		var secret *secretError
+		return output.Result{Err: fmt.Errorf("elasticsearch: %w", err), Permanent: unknown || errors.As(err, &secret)}
 	}
 	defer func() { _ = resp.Body.Close() }() // read to its end or given up
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
 		return o.failed(resp)
 	}
-	result, err := o.verdicts(io.LimitReader(resp.Body, maxAnswer), sent)
+	all, err := readAll(&e.answer, resp.Body, maxAnswer)
+	if err != nil {
+		return output.Result{Err: fmt.Errorf("elasticsearch: the answer to a bulk request: %w", err)}
+	}
+	if !all {
+		return output.Result{Err: fmt.Errorf("elasticsearch: the answer to a bulk request is longer than %d bytes: nothing in it counts: check what stands between", maxAnswer)}
+	}
+	v, err := read(e.answer.Bytes(), e.sent)
 	if err != nil {
 		return output.Result{Err: fmt.Errorf("elasticsearch: %w", err)}
 	}
-	if result.Err == nil {
-		result.Rejected = append(rejected, result.Rejected...)
+	o.tell(v, now)
+	if v.Err == nil {
+		v.Rejected = append(rejected, v.Rejected...)
 	}
-	return result
+	return v.Result
 }
 
-// encode writes the bulk body and returns the indices of the records in it. A
-// record that cannot be written down is rejected.
-func (o *Output) encode(batch []*record.Record) (body *bytes.Buffer, sent []int, rejected []output.Rejection) {
-	body = &bytes.Buffer{}
-	enc := json.NewEncoder(body)
-	enc.SetEscapeHTML(false)
-	for i, r := range batch {
-		fields := r.Fields()
-		index := o.cfg.Index
-		if *o.cfg.DataStream {
-			dataset, _ := fields[record.EventDataset].(string)
-			if dataset = part(dataset); dataset == "" {
-				dataset = o.cfg.Dataset
-			}
-			fields["data_stream.type"] = "logs"
-			fields["data_stream.dataset"] = dataset
-			fields["data_stream.namespace"] = o.cfg.Namespace
-			index = "logs-" + dataset + "-" + o.cfg.Namespace
-		}
-		before := body.Len()
-		err := enc.Encode(action{create{Index: index, ID: id(r.Origin)}})
-		if err == nil {
-			err = enc.Encode(fields)
-		}
-		if err != nil {
-			body.Truncate(before)
-			rejected = append(rejected, output.Rejection{Index: i, Reason: "cannot be written as JSON: " + err.Error()})
-			continue
-		}
-		sent = append(sent, i)
+// send makes the request. A body of which the server was seen to break the
+// connection waits until the server has said that it wants it.
+func (o *Output) send(ctx context.Context, lent *body, size int64) (*http.Response, error) {
+	content, err := lent.reader()
+	if err != nil {
+		return nil, err
 	}
-	return body, sent, rejected
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "/_bulk?filter_path="+url.QueryEscape(filterPath), content)
+	if err != nil {
+		return nil, fmt.Errorf("bulk request: %w", err)
+	}
+	if o.cfg.Pipeline != "" {
+		req.URL.RawQuery += "&pipeline=" + url.QueryEscape(o.cfg.Pipeline)
+	}
+	req.ContentLength, req.GetBody = size, lent.reader
+	req.Header.Set("Content-Type", "application/x-ndjson")
+	if o.cfg.Compression == "gzip" {
+		req.Header.Set("Content-Encoding", "gzip")
+	}
+	if smallest := o.askFirst.Load(); smallest > 0 && size >= smallest {
+		req.Header.Set("Expect", "100-continue")
+	}
+	if err := o.authorize(req); err != nil {
+		return nil, err
+	}
+	return o.client.Perform(req)
 }
 
-type action struct {
-	Create create `json:"create"`
+func (o *Output) authorize(req *http.Request) error {
+	header, err := o.cfg.authorization()
+	if err != nil {
+		return &secretError{err}
+	}
+	if header != "" {
+		req.Header.Set("Authorization", header)
+	}
+	return nil
 }
 
-type create struct {
-	Index string `json:"_index"`
-	ID    string `json:"_id,omitempty"`
+// secretError is a key or password that cannot be read.
+type secretError struct{ error }
+
+func (e *secretError) Unwrap() error { return e.error }
+
+// tell logs what a verdict says beside the records' fates.
+func (o *Output) tell(v verdict, now time.Time) {
+	if v.Err == nil && v.refused > 0 {
+		o.log.Warn("elasticsearch has no right or no index for some records; they are kept and sent again", "event.count", v.refused, "error.message", v.why)
+	}
+	if v.failureStore == 0 {
+		return
+	}
+	total := o.failureStored.Add(int64(v.failureStore))
+	if last := o.toldStored.Load(); now.Unix()-last >= 60 && o.toldStored.CompareAndSwap(last, now.Unix()) { // at most once a minute
+		o.log.Warn("elasticsearch put records that no mapping took into the failure store; they are kept under <data stream>::failures with the reason", "event.count", total)
+	}
 }
 
-// id names a record for ever by its place: 128 bits of a hash, as text without
-// characters that need escaping. A record without a place gets an id from the
-// server, and is stored twice if it is sent twice.
-func id(o record.Origin) string {
-	if o.File == "" {
-		return ""
+func (o *Output) take() (*encoder, error) {
+	select {
+	case e := <-o.encoders:
+		return e, nil
+	default:
+		return newEncoder(o.cfg.Compression, o.cfg.CompressionLevel, o.cfg.MaxFields)
 	}
-	h := sha256.New()
-	var offset [8]byte
-	binary.BigEndian.PutUint64(offset[:], uint64(o.Offset))
-	_, _ = h.Write(offset[:]) // a hash never fails
-	_, _ = io.WriteString(h, o.File)
-	return base64.RawURLEncoding.EncodeToString(h.Sum(nil)[:16])
 }
 
-// answer is a bulk response. Every item has one operation, here "create".
-type answer struct {
-	Errors bool              `json:"errors"`
-	Items  []map[string]item `json:"items"`
-}
-
-type item struct {
-	Status int       `json:"status"`
-	Error  itemError `json:"error"`
-}
-
-type itemError struct {
-	Type     string `json:"type"`
-	Reason   string `json:"reason"`
-	CausedBy struct {
-		Reason string `json:"reason"`
-	} `json:"caused_by"`
-}
-
-func (e itemError) String() string {
-	s := e.Type + ": " + e.Reason
-	if e.CausedBy.Reason != "" {
-		s += ": " + e.CausedBy.Reason
+func (o *Output) give(e *encoder) {
+	e.trim()
+	select {
+	case o.encoders <- e:
+	default:
 	}
-	return shorten(s)
-}
-
-// verdicts reads a bulk response. An answer that cannot be understood is an error:
-// nothing in it counts as an acknowledgement.
-func (o *Output) verdicts(body io.Reader, sent []int) (output.Result, error) {
-	var a answer
-	if err := json.NewDecoder(body).Decode(&a); err != nil {
-		return output.Result{}, fmt.Errorf("the answer to a bulk request cannot be read (%d bytes at most are): %w", maxAnswer, err)
-	}
-	if len(a.Items) != len(sent) {
-		return output.Result{}, fmt.Errorf("the answer to a bulk request of %d items has %d", len(sent), len(a.Items))
-	}
-	var result output.Result
-	var refused []string // reasons of items for which this collector has no right or no index
-	for i, ops := range a.Items {
-		it, ok := ops["create"]
-		if !ok {
-			return output.Result{}, fmt.Errorf("item %d of the answer to a bulk request has no \"create\"", i)
-		}
-		switch status := it.Status; {
-		case status >= 200 && status <= 299, status == http.StatusConflict:
-			// 409: an earlier attempt stored it.
-		case status == http.StatusTooManyRequests || status >= 500:
-			result.Retry = append(result.Retry, sent[i])
-		case status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusNotFound:
-			// The installation's fault and not the record's: keep it.
-			refused = append(refused, it.Error.String())
-			result.Retry = append(result.Retry, sent[i])
-		case status >= 400:
-			result.Rejected = append(result.Rejected, output.Rejection{Index: sent[i], Reason: fmt.Sprintf("status %d: %s", status, it.Error)})
-		default:
-			return output.Result{}, fmt.Errorf("item %d of the answer to a bulk request has status %d", i, status)
-		}
-	}
-	if len(refused) == len(sent) {
-		return output.Result{Permanent: true, Err: fmt.Errorf("elasticsearch: every record was refused: %s: grant auto_configure and create_doc on logs-*-* (or on the index), or create the index", refused[0])}, nil
-	}
-	if len(refused) > 0 {
-		o.log.Warn("elasticsearch has no right or no index for some records; they are kept and sent again", "event.count", len(refused), "error.message", refused[0])
-	}
-	return result, nil
 }
 
 // failed judges a request that was refused as a whole.
-func (o *Output) failed(resp *esapi.Response) output.Result {
-	reason := reasonOf(resp)
+func (o *Output) failed(resp *http.Response) output.Result {
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxError))
+	reason := reasonOf(data)
+	if err != nil && len(data) == 0 {
+		reason = "the reason cannot be read: " + err.Error()
+	}
 	r := output.Result{RetryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now())}
 	remedy := ""
 	switch status := resp.StatusCode; {
@@ -294,16 +292,9 @@ func (o *Output) failed(resp *esapi.Response) output.Result {
 	return r
 }
 
-// reasonOf reads the server's own words from an error response, or the beginning
-// of what a proxy said.
-func reasonOf(resp *esapi.Response) string {
-	if resp.Body == nil {
-		return "no reason given"
-	}
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxError))
-	if err != nil && len(data) == 0 {
-		return "the reason cannot be read: " + err.Error()
-	}
+// reasonOf finds the server's own words in an error response, or the beginning of
+// what a proxy said.
+func reasonOf(data []byte) string {
 	var body struct {
 		Error itemError `json:"error"`
 	}

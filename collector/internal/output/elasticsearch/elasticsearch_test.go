@@ -10,12 +10,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,7 +34,9 @@ type fakeBulk struct {
 	*httptest.Server
 	t        *testing.T
 	answer   func(w http.ResponseWriter, docs []bulkDoc)
-	requests []*http.Request
+	other    http.HandlerFunc // for what is not a bulk request; nil has no right to it
+	mu       sync.Mutex
+	requests []*http.Request // bulk requests
 }
 
 type bulkDoc struct {
@@ -50,8 +52,19 @@ func newFakeBulk(t *testing.T, answer func(w http.ResponseWriter, docs []bulkDoc
 }
 
 func (f *fakeBulk) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	f.requests = append(f.requests, r)
 	w.Header().Set("X-Elastic-Product", "Elasticsearch")
+	if r.URL.Path != "/_bulk" {
+		if f.other != nil {
+			f.other(w, r)
+			return
+		}
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprint(w, `{"error":{"type":"security_exception","reason":"action is unauthorized"},"status":403}`)
+		return
+	}
+	f.mu.Lock()
+	f.requests = append(f.requests, r)
+	f.mu.Unlock()
 	if r.Method != http.MethodPost || r.URL.Path != "/_bulk" || r.Header.Get("Content-Type") != "application/x-ndjson" {
 		f.t.Errorf("%s %s %s", r.Method, r.URL, r.Header.Get("Content-Type"))
 	}
@@ -145,6 +158,7 @@ func TestItemVerdicts(t *testing.T) {
 	f("an earlier attempt stored it", []string{ok, conflict}, output.Result{})
 	f("busy items alone are sent again", []string{ok, busy, ok, `"status":503`}, output.Result{Retry: []int{1, 3}})
 	f("a record that no mapping takes", []string{mapping, ok}, output.Result{Rejected: []output.Rejection{{Index: 0, Reason: `status 400: document_parsing_exception: failed to parse field [n]: For input string: "x"`}}})
+	f("the failure store has it", []string{`"status":201,"failure_store":"used"`, ok}, output.Result{})
 	f("no right for some: kept", []string{ok, forbidden}, output.Result{Retry: []int{1}})
 
 	server := newFakeBulk(t, items(forbidden, forbidden))
@@ -187,6 +201,9 @@ func TestRequestVerdicts(t *testing.T) {
 	f("fewer items than sent", items(`"status":201`), false, false, 0, "bulk request of 2 items has 1")
 	f("other operation", status(200, `{"items":[{"index":{"status":201}},{"index":{"status":201}}]}`), false, false, 0, `no "create"`)
 	f("no status", status(200, `{"items":[{"create":{}},{"create":{"status":201}}]}`), false, false, 0, "status 0")
+	f("more items than sent", items(`"status":201`, `"status":201`, `"status":201`), false, false, 0, "bulk request of 2 items has 3")
+	f("two operations", status(200, `{"items":[{"create":{"status":201},"index":{"status":201}},{"create":{"status":201}}]}`), false, false, 0, "more than that")
+	f("no errors, but no items", status(200, `{"errors":false}`), false, false, 0, "bulk request of 2 items has 0")
 	f("cut off", status(200, `{"items":[{"create":{"status":201}},`), false, false, 0, "cannot be read")
 }
 
@@ -237,7 +254,7 @@ func TestRequest(t *testing.T) {
 	records := batch(4)
 	records[1].Attributes = map[string]any{"event.dataset": "Outrigger.Access-Log"}
 	records[2].Origin = record.Origin{}
-	records[3].Attributes = map[string]any{"n": math.Inf(1)}
+	records[3].Attributes = map[string]any{"n": make(chan int)}
 	cfg := Config{Addresses: []string{server.URL}, APIKeyFile: keyFile, Pipeline: "p", Namespace: "staging"}
 	for range 2 {
 		got := write(t, cfg, records)
@@ -249,15 +266,15 @@ func TestRequest(t *testing.T) {
 	if diff := cmp.Diff(first, docs[1]); diff != "" {
 		t.Errorf("a resend differs: %s", diff)
 	}
-	if first[0].ID == first[1].ID || len(first[0].ID) != 22 || first[2].ID != "" {
+	if first[0].ID == first[1].ID || first[0].ID >= first[1].ID || first[0].ID[:16] != first[1].ID[:16] || len(first[0].ID) != 24 || first[2].ID != "" {
 		t.Errorf("ids %q %q %q", first[0].ID, first[1].ID, first[2].ID)
 	}
-	if first[0].Index != "logs-generic-staging" || first[1].Index != "logs-outrigger.access_log-staging" {
+	if first[0].Index != "logs-outrigger-staging" || first[1].Index != "logs-outrigger.access_log-staging" {
 		t.Errorf("indices %q %q", first[0].Index, first[1].Index)
 	}
 	if diff := cmp.Diff(map[string]any{
 		"@timestamp": "2026-11-23T03:00:00.000000005Z", "message": "line 0", "log.level": "info", "service.name": "payments", "kubernetes.namespace": "shop", "kubernetes.pod.name": "payments-0",
-		"orchestrator.namespace": "shop", "log.file.path": "/p", "log.offset": 0.0, "data_stream.type": "logs", "data_stream.dataset": "generic", "data_stream.namespace": "staging",
+		"orchestrator.namespace": "shop", "log.file.path": "/p", "log.offset": 0.0, "data_stream.type": "logs", "data_stream.dataset": "outrigger", "data_stream.namespace": "staging",
 	}, first[0].Fields); diff != "" {
 		t.Error(diff)
 	}
@@ -337,6 +354,15 @@ func TestConfig(t *testing.T) {
 	f(Config{Addresses: at, Dataset: "a-b"}, "write a_b")
 	f(Config{Addresses: at, Namespace: "A"}, "write a")
 	f(Config{Addresses: at, Index: "Logs"}, "index")
+	f(Config{Addresses: at, CompressionLevel: 10}, "compressionLevel")
+	f(Config{Addresses: at, Concurrency: 65}, "concurrency")
+	f(Config{Addresses: at, MaxFields: -1}, "maxFields")
+	f(Config{Addresses: at, Setup: "yes"}, "auto, required or off")
+	f(Config{Addresses: at, Setup: "required", DataStream: new(bool)}, "data streams")
+	f(Config{Addresses: at, Labels: "raw"}, "labels")
+	f(Config{Addresses: at, Retention: "1 month"}, "30d")
+	f(Config{Addresses: at, Retention: "30d", Setup: "off"}, "no effect")
+	f(Config{Addresses: at, Retention: "30d", Setup: "required", Labels: "dedot", Concurrency: 8}, "")
 
 	c := Config{Addresses: []string{"https://u:hunter2@es"}, APIKey: "hunter2", Password: "hunter2", APIKeyFile: "/run/key"}
 	var log strings.Builder
@@ -370,9 +396,16 @@ func TestRetryAfter(t *testing.T) {
 func FuzzVerdicts(f *testing.F) {
 	f.Add(`{"errors":true,"items":[{"create":{"status":201}},{"create":{"status":429,"error":{"type":"a","reason":"b"}}}]}`)
 	f.Add(`{"items":[{"create":{"status":400}},{"create":{"status":403}}]}`)
-	o := &Output{log: slog.New(slog.DiscardHandler)}
+	f.Add(`{"errors":false,"items":[{"create":{"status":201}},{"create":{"status":200}}]}` + "\n")
 	f.Fuzz(func(t *testing.T, body string) {
-		r, err := o.verdicts(strings.NewReader(body), []int{4, 7})
+		r, err := read([]byte(body), []int{4, 7})
+		if allStored([]byte(body), 2) {
+			// What the quick look takes for success, encoding/json must too.
+			var a answer
+			if err := json.Unmarshal([]byte(body), &a); err != nil || len(a.Items) != 2 || a.Items[0]["create"].Status/2 != 100 || a.Items[1]["create"].Status/2 != 100 {
+				t.Fatalf("%q taken for success: %+v, %v", body, a, err)
+			}
+		}
 		if (err != nil || r.Err != nil) && (len(r.Retry) > 0 || len(r.Rejected) > 0) {
 			t.Fatalf("%+v, %v", r, err)
 		}

@@ -1,44 +1,48 @@
-// Package fluentd is the output to fluentd, fluent-bit and whatever else takes
-// the forward protocol, in its simple mode: one message an event, each with a
-// chunk id that the server acknowledges.
+// Package fluentd is the output to fluentd, Fluent Bit and whatever else takes the
+// forward protocol, version 1.
 //
-// It knows tags, events and acknowledgements; the pipeline, which calls it, owns
-// retries and the circuit breaker. The wire is fluent-logger-golang's, used where
-// it can be trusted: synchronously (its queue loses events when it is full),
-// with one attempt (its retries would hide the server's state from the
-// pipeline), with deadlines on every write and read (without, an acknowledgement
-// that never comes waits for ever), and with times of nanoseconds.
+// It knows tags, events, chunks, acknowledgements and the handshake by a shared
+// key; the pipeline, which calls it, owns retries and the circuit breaker.
 //
-// An acknowledgement means that the server's own buffer has taken the event. The
-// mode has no shared key, and a round trip an event bounds its rate. An event is
-// sent again when its acknowledgement was lost, so the server can see it twice.
+// The default mode, forward, packs the events of a tag into chunks
+// (PackedForward, or CompressedPackedForward), and has several chunks on their way
+// at a time. It is this package's own, because no client library for Go has
+// chunks, the handshake or compression. The mode simple sends one event a message
+// by fluent-logger-golang; a round trip an event bounds its rate.
+//
+// An acknowledgement means that the server's own buffer has taken the events, no
+// more. Events are sent again when their acknowledgement was lost, so the server
+// can see them twice. A server with skip_invalid_event acknowledges what it skips.
+//
+// A server drops a chunk over its chunk_size_limit and says nothing. So a chunk
+// whose acknowledgement does not come makes the next chunks smaller by half, down to
+// 64 KiB, until the collector is started again. A chunk of one record above that,
+// which the server does not acknowledge although it acknowledges what was sent after
+// it, is rejected: it goes to the dead letters and not round for ever.
 package fluentd
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"strings"
-	"time"
-
-	"github.com/fluent/fluent-logger-golang/fluent"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
-// Output sends records to one forward server.
+// Output sends records to forward servers. It takes one Write at a time, which
+// keeps the records of a tag in order.
 type Output struct {
-	cfg    Config
-	log    *slog.Logger
-	tag    tag
-	client *fluent.Fluent // nil while there is no connection
-	used   time.Time      // when the client last had an acknowledgement
+	mode sender
 }
 
-// New makes the output. It does not connect; a server that is away is the first
-// Write's matter.
+type sender interface {
+	Write(ctx context.Context, batch []*record.Record) output.Result
+	Close() error
+}
+
+// New makes the output. It does not connect and reads no files; a server that is
+// away is the first Write's matter.
 func New(cfg Config, log *slog.Logger) (*Output, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -48,128 +52,35 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Output{cfg: cfg, log: log, tag: t}, nil
+	if cfg.Mode == modeSimple {
+		return &Output{mode: &simple{cfg: cfg, log: log, tag: t}}, nil
+	}
+	return &Output{mode: newForward(cfg, log, t)}, nil
 }
 
 // Kind returns "fluentd".
 func (*Output) Kind() string { return "fluentd" }
 
-// Traits: one Write at a time.
+// Traits are one Write at a time; the window of chunks gives the throughput.
 func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
 
-// Close closes the connection.
-func (o *Output) Close() error { return o.disconnect() }
-
-// Write sends the events one after the other. The first that fails ends the
-// attempt: those before it are acknowledged, it and the rest are to be sent
-// again. When ctx ends, Write returns after the event on its way, at most
-// WriteTimeout and AckTimeout later: the library cannot be interrupted.
+// Write sends the batch. Events whose chunk was acknowledged are acknowledged, even
+// if another chunk of the batch failed.
 func (o *Output) Write(ctx context.Context, batch []*record.Record) output.Result {
-	var result output.Result
-	for i, r := range batch {
-		err := ctx.Err()
-		if err == nil {
-			err = o.send(r)
-		}
-		var refused *encodingError
-		if errors.As(err, &refused) {
-			result.Rejected = append(result.Rejected, output.Rejection{Index: i, Reason: refused.Error()})
-			continue
-		}
-		if err == nil {
-			continue
-		}
-		if i == 0 || i == len(result.Rejected) { // nothing acknowledged
-			return output.Result{Err: err}
-		}
-		o.log.Warn("an event was not acknowledged; it and the rest of the batch are sent again", "output.address", o.cfg.Address, "event.acknowledged", i-len(result.Rejected), "event.remaining", len(batch)-i, "error.message", err.Error())
-		for j := i; j < len(batch); j++ {
-			result.Retry = append(result.Retry, j)
-		}
-		return result
-	}
-	return result
+	return o.mode.Write(ctx, batch)
 }
 
-// encodingError: an event that msgpack cannot hold.
-type encodingError struct{ err error }
+// Close closes the connections.
+func (o *Output) Close() error { return o.mode.Close() }
 
-func (e *encodingError) Error() string {
-	s := e.err.Error()
-	if len(s) > 512 {
-		s = strings.ToValidUTF8(s[:512], "") + "…"
-	}
-	return "cannot be written as msgpack: " + s
-}
+// maxReason bounds what is passed on of another's words, in bytes.
+const maxReason = 512
 
-// send sends one event and waits for its acknowledgement. After an error there
-// is no connection: what the server would still answer belongs to no event.
-func (o *Output) send(r *record.Record) error {
-	if o.client != nil && time.Since(o.used) > o.cfg.IdleTimeout {
-		if err := o.disconnect(); err != nil {
-			return err
-		}
+func shorten(s string) string {
+	if len(s) > maxReason {
+		s = s[:maxReason] + "…"
 	}
-	if o.client == nil {
-		if err := o.connect(); err != nil {
-			return err
-		}
-	}
-	t := r.Time
-	if t.IsZero() {
-		t = r.Observed
-	}
-	// The library takes the record apart only for other kinds of maps.
-	err := o.client.EncodeAndPostData(o.tag.of(r), t, r.Fields())
-	if err == nil {
-		o.used = time.Now()
-		return nil
-	}
-	if strings.Contains(err.Error(), "EncodeAndPostData: can't convert") { // its text repeats the whole record
-		if inner := errors.Unwrap(err); inner != nil {
-			err = inner
-		}
-		return &encodingError{err}
-	}
-	err = fmt.Errorf("fluentd %s: no acknowledgement within %s (writeTimeout %s), a connection that broke, or an answer that was none: check that the server runs, is not overloaded and asks for no shared key: %w",
-		o.cfg.Address, o.cfg.AckTimeout, o.cfg.WriteTimeout, err)
-	return errors.Join(err, o.disconnect())
-}
-
-func (o *Output) connect() error {
-	network, host, port, err := o.cfg.endpoint()
-	if err != nil {
-		return err
-	}
-	c := fluent.Config{
-		FluentNetwork: network, FluentHost: host, FluentPort: port,
-		TlsInsecureSkipVerify: o.cfg.InsecureSkipVerify,
-		Timeout:               o.cfg.ConnectTimeout, WriteTimeout: o.cfg.WriteTimeout, ReadTimeout: o.cfg.AckTimeout,
-		RequestAck: true, SubSecondPrecision: true,
-		MaxRetry: 1, // attempts, and 0 would be 13
-	}
-	if network == "unix" {
-		c.FluentSocketPath = host
-	}
-	// In synchronous mode New connects; with an error it returns a client too.
-	client, err := fluent.New(c)
-	if err != nil {
-		return fmt.Errorf("fluentd %s: %w", o.cfg.Address, err)
-	}
-	o.client, o.used = client, time.Now()
-	return nil
-}
-
-func (o *Output) disconnect() error {
-	if o.client == nil {
-		return nil
-	}
-	err := o.client.Close()
-	o.client = nil
-	if err != nil {
-		return fmt.Errorf("fluentd %s: close: %w", o.cfg.Address, err)
-	}
-	return nil
+	return strings.ToValidUTF8(s, "�")
 }
 
 var _ output.Output = (*Output)(nil)

@@ -80,12 +80,7 @@ func TestRealForwardServer(t *testing.T) {
 			if !lines.Scan() {
 				t.Fatalf("event %d of %d never came: %v", i, len(records), lines.Err())
 			}
-			var e struct {
-				Tag     string
-				Seconds int64
-				Nanos   int64
-				Record  map[string]any
-			}
+			var e peerEvent
 			if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
 				t.Fatal(err)
 			}
@@ -103,6 +98,62 @@ func TestRealForwardServer(t *testing.T) {
 			if diff := cmp.Diff(want, e.Record); diff != "" {
 				t.Errorf("event %d: %s", i, diff)
 			}
+		}
+	})
+
+	t.Run("forward", func(t *testing.T) {
+		key := secretFile(t, "s3cret")
+		f := func(name string, args []string, cfg Config) {
+			t.Helper()
+			address, lines, stop := start(args...)
+			defer stop()
+			cfg.Address, cfg.MaxChunkBytes = address, 64<<10
+			o := newForwardOutput(t, cfg)
+			records := plain(2000)
+			records[1].Attributes = map[string]any{"n": 1.5, "i": 402.0, "ok": true, "none": nil, "list": []any{"a", 2.0}, "map": map[string]any{"x": "größe"}}
+			began := time.Now()
+			if got := write(t, o, records); !clean(got) {
+				t.Fatalf("%s: %+v", name, got)
+			}
+			t.Logf("%s: %d events acknowledged in %s", name, len(records), time.Since(began))
+			for i, r := range records {
+				if !lines.Scan() {
+					t.Fatalf("%s: event %d of %d never came: %v", name, i, len(records), lines.Err())
+				}
+				var e peerEvent
+				if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+					t.Fatal(err)
+				}
+				if e.Tag != "kube.shop.payments" || !time.Unix(e.Seconds, e.Nanos).Equal(r.Time) {
+					t.Errorf("%s: event %d: tag %q at %d.%09d; want %s", name, i, e.Tag, e.Seconds, e.Nanos, r.Time)
+				}
+				if diff := cmp.Diff(jsonOf(t, r.Fields()), e.Record); diff != "" {
+					t.Errorf("%s: event %d: %s", name, i, diff)
+				}
+			}
+		}
+		f("plain", nil, Config{})
+		f("gzip", nil, Config{Compression: "gzip"})
+		f("shared key", []string{"--shared-key", "s3cret"}, Config{SharedKeyFile: key})
+		f("user, gzip", []string{"--shared-key", "s3cret", "--user", "node", "--password", "pw"}, Config{Compression: "gzip", SharedKeyFile: key, Username: "node", PasswordFile: secretFile(t, "pw")})
+
+		address, lines, stop := start("--shared-key", "s3cret", "--user", "node", "--password", "pw")
+		refused := func(name string, cfg Config, want string) {
+			t.Helper()
+			cfg.Address = address
+			if got := write(t, newForwardOutput(t, cfg), batch(1)); got.Err == nil || !strings.Contains(got.Err.Error(), want) {
+				t.Errorf("%s: %+v; want %q", name, got, want)
+			} else {
+				t.Logf("%s: permanent %t: %v", name, got.Permanent, got.Err)
+			}
+		}
+		refused("wrong key", Config{SharedKeyFile: secretFile(t, "x"), Username: "node", PasswordFile: secretFile(t, "pw")}, "sharedKeyFile")
+		refused("wrong password", Config{SharedKeyFile: key, Username: "node", PasswordFile: secretFile(t, "x")}, "passwordFile")
+		refused("no user", Config{SharedKeyFile: key}, "username")
+		refused("no key", Config{}, "sharedKeyFile")
+		stop()
+		if lines.Scan() {
+			t.Errorf("an event came through: %s", lines.Text())
 		}
 	})
 
@@ -134,6 +185,13 @@ func TestRealForwardServer(t *testing.T) {
 			t.Errorf("the server received %q", lines.Text())
 		}
 	})
+}
+
+type peerEvent struct {
+	Tag     string
+	Seconds int64
+	Nanos   int64
+	Record  map[string]any
 }
 
 // install brings the server and its package into the cache, by npm where they

@@ -24,7 +24,7 @@ func New(s *store.Store) *Output { return &Output{s} }
 // Kind returns "store".
 func (*Output) Kind() string { return "store" }
 
-// Traits: one Write at a time.
+// Traits say that there is one Write at a time.
 func (*Output) Traits() output.Traits { return output.Traits{Concurrency: 1} }
 
 // Write appends the batch. A full disk is an error of the attempt, not a

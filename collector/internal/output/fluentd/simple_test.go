@@ -21,7 +21,6 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 	"go.uber.org/goleak"
 
-	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -193,6 +192,9 @@ func batch(n int) []*record.Record {
 
 func newOutput(t *testing.T, cfg Config) *Output {
 	t.Helper()
+	if cfg.Mode == "" {
+		cfg.Mode = "simple"
+	}
 	o, err := New(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -397,6 +399,22 @@ func TestConfig(t *testing.T) {
 	f(Config{Address: "f:1", Tag: "{node}"}, "{node")
 	f(Config{Address: "f:1", Tag: "a}"}, "'}'")
 	f(Config{Address: "f:1", Tag: "{pod"}, "{pod")
+	f(Config{Servers: []Server{{Address: "a:1"}, {Address: "b:1", Weight: 3}}, Balance: "weighted", Compression: "zstd", SharedKeyFile: "k"}, "")
+	f(Config{Address: "f:1", Servers: []Server{{Address: "a:1"}}}, "both set")
+	f(Config{Servers: []Server{{Address: "a"}}}, "host:port")
+	f(Config{Servers: []Server{{Address: "a:1", Weight: -1}}}, "weight")
+	f(Config{Servers: make([]Server, 65)}, "65 are more than 64")
+	f(Config{Address: "f:1", Mode: "packed"}, "mode")
+	f(Config{Address: "f:1", Balance: "random"}, "balance")
+	f(Config{Address: "f:1", Compression: "lz4"}, "compression")
+	f(Config{Address: "f:1", Window: 257}, "window")
+	f(Config{Address: "f:1", MaxChunkBytes: 1}, "maxChunkBytes")
+	f(Config{Address: "f:1", CAFile: "x"}, "without TLS")
+	f(Config{Address: "f:1", TLS: true, CertFile: "x"}, "keyFile")
+	f(Config{Address: "f:1", SharedKeyFile: "k", Username: "u"}, "passwordFile")
+	f(Config{Address: "f:1", Username: "u", PasswordFile: "p"}, "sharedKeyFile")
+	f(Config{Address: "f:1", Mode: "simple", SharedKeyFile: "k"}, "sharedKeyFile: the simple mode")
+	f(Config{Address: "f:1", Mode: "simple", Window: 2}, "window: the simple mode")
 }
 
 // FuzzReadMessage: the fake server takes any bytes without panic.
@@ -406,5 +424,3 @@ func FuzzReadMessage(f *testing.F) {
 		_, _, _ = readMessage(msgpack.NewDecoder(bytes.NewReader(data)))
 	})
 }
-
-var _ output.Output = (*Output)(nil)

@@ -1,0 +1,448 @@
+package elasticsearch
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/klauspost/compress/gzip"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/record"
+)
+
+const (
+	// chunk of plain text that is collected before it is compressed. A record is
+	// never split, so the buffer grows to the longest record.
+	chunk = 64 << 10
+	// maxKept is how much memory an encoder keeps of a batch that needed more.
+	maxKept = 4 << 20
+	// maxCached bounds what an encoder remembers: resources, file generations. A node
+	// runs a few hundred containers; over it, all is forgotten and made again.
+	maxCached = 2048
+)
+
+// Fields of the data stream scheme, and the one that takes attributes over
+// Config.MaxFields.
+const (
+	dsType      = "data_stream.type"
+	dsDataset   = "data_stream.dataset"
+	dsNamespace = "data_stream.namespace"
+	extra       = "outrigger.extra"
+)
+
+// fragment is what a resource contributes to every record of it, written once.
+type fragment struct {
+	fields  []byte // ,"host.name":"..." and so on
+	service []byte // ,"service.name":"..." for records that name none themselves
+	// names that fields holds; true for those that are plain values. parents are
+	// the objects that they lie in.
+	names   map[string]bool
+	parents map[string]struct{}
+	cluster string
+	node    string
+}
+
+// newFragment writes the fields of a resource as record.Fields names them. With
+// flattened the labels are one object under their own keys; otherwise each is a
+// field whose key has underscores for dots and slashes.
+func newFragment(r *record.Resource, flattened bool) *fragment {
+	f := &fragment{names: map[string]bool{}, parents: map[string]struct{}{}}
+	if r == nil {
+		return f
+	}
+	f.cluster, f.node = r.Cluster, r.Node
+	bare := *r
+	bare.Labels = nil
+	fields := (&record.Record{Resource: &bare}).Fields()
+	delete(fields, record.Timestamp)
+	delete(fields, record.Message)
+	if r.Service != "" {
+		f.service = appendString([]byte(`,"`+record.ServiceName+`":`), r.Service)
+		delete(fields, record.ServiceName)
+	}
+	add := func(name string, plain bool) {
+		name = clean(name)
+		f.names[name] = plain
+		for p := range parents(name) {
+			f.parents[p] = struct{}{}
+		}
+		f.fields = append(f.fields, ',')
+		f.fields = append(appendString(f.fields, name), ':')
+	}
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		add(name, true)
+		text, _ := fields[name].(string) // all of them are
+		f.fields = appendString(f.fields, text)
+	}
+	if len(r.Labels) == 0 {
+		return f
+	}
+	const labels = "kubernetes.labels"
+	if flattened {
+		add(labels, false)
+		for i, k := range slices.Sorted(maps.Keys(r.Labels)) {
+			f.fields = append(f.fields, "{,"[min(i, 1)])
+			// Flattened fields refuse NUL in keys.
+			f.fields = append(appendString(f.fields, strings.ReplaceAll(k, "\x00", "_")), ':')
+			f.fields = appendString(f.fields, r.Labels[k])
+		}
+		f.fields = append(f.fields, '}')
+		return f
+	}
+	// Two keys may become one name: it then has both values.
+	values := map[string][]any{}
+	for _, k := range slices.Sorted(maps.Keys(r.Labels)) {
+		name := clean(labels + "." + record.DedotKey(k))
+		values[name] = append(values[name], r.Labels[k])
+	}
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		add(name, true)
+		if v := values[name]; len(v) == 1 {
+			f.fields = appendString(f.fields, v[0].(string)) //nolint:errcheck,forcetypeassert // put there above
+		} else {
+			f.fields, _ = appendList(f.fields, v, 0) // of strings, which never fails
+		}
+	}
+	return f
+}
+
+type fragmentKey struct {
+	resource  *record.Resource
+	flattened bool
+}
+
+// encoder makes the body of bulk requests, one at a time, and keeps its memory and
+// what it has learned of resources and files for the next.
+type encoder struct {
+	maxFields int
+	zip       *gzip.Writer // nil without compression
+	out       bytes.Buffer // the body
+	buf       []byte       // plain text that is not in out yet
+	sent      []int        // indices of the records in the body
+	answer    bytes.Buffer // to the request
+
+	fragments map[fragmentKey]*fragment
+	places    map[placeKey]*place
+	clock     clock
+
+	// Of the record before, which the next is likely to share.
+	lastKey      fragmentKey
+	lastFragment *fragment
+	lastPlaceKey placeKey
+	lastPlace    *place
+
+	names, parents, renamed []string // scratch of attributes
+}
+
+func newEncoder(compression string, level, maxFields int) (*encoder, error) {
+	e := &encoder{maxFields: maxFields, fragments: map[fragmentKey]*fragment{}, places: map[placeKey]*place{}}
+	if compression == "gzip" {
+		var err error
+		if e.zip, err = gzip.NewWriterLevel(io.Discard, level); err != nil {
+			return nil, fmt.Errorf("elasticsearch: compressionLevel: %w", err)
+		}
+	}
+	return e, nil
+}
+
+// encode makes the body of a request with all records of the batch but those
+// that JSON cannot hold, which are rejected. to says which stream a record goes to.
+// The body is in e.out and the indices of what it holds in e.sent, until the next
+// call.
+func (e *encoder) encode(batch []*record.Record, to func(*record.Record) *stream) (rejected []output.Rejection) {
+	e.out.Reset()
+	e.buf, e.sent = e.buf[:0], e.sent[:0]
+	if e.zip != nil {
+		e.zip.Reset(&e.out)
+	}
+	for i, r := range batch {
+		before := len(e.buf)
+		var err error
+		if e.buf, err = e.append(e.buf, r, to(r)); err != nil {
+			e.buf = e.buf[:before]
+			rejected = append(rejected, output.Rejection{Index: i, Reason: "cannot be written as JSON: " + err.Error()})
+			continue
+		}
+		e.sent = append(e.sent, i)
+		if len(e.buf) >= chunk {
+			e.flush()
+		}
+	}
+	e.flush()
+	if e.zip != nil {
+		_ = e.zip.Close() // into memory, which never fails
+	}
+	return rejected
+}
+
+func (e *encoder) flush() {
+	if e.zip != nil {
+		_, _ = e.zip.Write(e.buf) // into memory, which never fails
+	} else {
+		_, _ = e.out.Write(e.buf)
+	}
+	e.buf = e.buf[:0]
+}
+
+// trim gives back memory that an unusual batch needed.
+func (e *encoder) trim() {
+	if cap(e.buf) > maxKept {
+		e.buf = nil
+	}
+	if e.out.Cap() > maxKept {
+		e.out = bytes.Buffer{}
+	}
+	if e.answer.Cap() > maxKept {
+		e.answer = bytes.Buffer{}
+	}
+}
+
+func (e *encoder) fragment(k fragmentKey) *fragment {
+	if k == e.lastKey && e.lastFragment != nil {
+		return e.lastFragment
+	}
+	f := e.fragments[k]
+	if f == nil {
+		if len(e.fragments) >= maxCached {
+			clear(e.fragments)
+		}
+		f = newFragment(k.resource, k.flattened)
+		e.fragments[k] = f
+	}
+	e.lastKey, e.lastFragment = k, f
+	return f
+}
+
+func (e *encoder) place(k placeKey) *place {
+	if e.lastPlace != nil && k == e.lastPlaceKey {
+		return e.lastPlace
+	}
+	p := e.places[k]
+	if p == nil {
+		if len(e.places) >= maxCached {
+			clear(e.places)
+		}
+		p = newPlace(k)
+		e.places[k] = p
+	}
+	e.lastPlaceKey, e.lastPlace = k, p
+	return p
+}
+
+// append appends the two lines of a record: what to do and the document.
+func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) {
+	f := e.fragment(fragmentKey{r.Resource, s.flattened})
+	b = append(b, s.action...)
+	var p *place
+	if r.Origin.File != "" || r.Origin.Path != "" {
+		p = e.place(placeKey{r.Origin.File, r.Origin.Path, f.cluster, f.node})
+	}
+	// A record without a place gets an id from the server, and is stored twice if it
+	// is sent twice.
+	if r.Origin.File != "" {
+		b = append(b, `,"_id":"`...)
+		b = append(b, p.id[:]...)
+		b = appendOffset(b, r.Origin.Offset)
+		b = append(b, '"')
+	}
+	b = append(b, "}}\n"+`{"@timestamp":"`...)
+	b = e.clock.append(b, r.Time)
+	b = append(b, `","message":`...)
+	b = appendString(b, r.Body)
+	if r.Level != "" {
+		b = appendString(append(b, `,"log.level":`...), r.Level)
+	}
+	if r.TraceID != "" {
+		b = appendString(append(b, `,"trace.id":`...), r.TraceID)
+	}
+	if r.SpanID != "" {
+		b = appendString(append(b, `,"span.id":`...), r.SpanID)
+	}
+	if r.Stream != "" {
+		b = appendString(append(b, `,"stream":`...), r.Stream)
+	}
+	b = append(b, f.fields...)
+	if r.Service != "" {
+		b = appendString(append(b, `,"service.name":`...), r.Service)
+	} else if _, said := r.Attributes[record.ServiceName]; !said {
+		b = append(b, f.service...)
+	}
+	if r.Origin.Path != "" {
+		b = append(b, p.path...)
+		b = strconv.AppendInt(append(b, `,"log.offset":`...), r.Origin.Offset, 10)
+	}
+	if r.TruncatedBytes > 0 {
+		b = strconv.AppendInt(append(b, `,"log.truncated_bytes":`...), int64(r.TruncatedBytes), 10)
+	}
+	b = append(b, s.fields...)
+	if len(r.Attributes) > 0 {
+		var err error
+		if b, err = e.attributes(b, r, f, s); err != nil {
+			return b, err
+		}
+	}
+	return append(b, '}', '\n'), nil
+}
+
+// attributes appends the attributes of r that no field of ours overrides, in the
+// order of their names, under names that make no document fail.
+func (e *encoder) attributes(b []byte, r *record.Record, f *fragment, s *stream) ([]byte, error) {
+	e.names, e.parents, e.renamed = e.names[:0], e.parents[:0], e.renamed[:0]
+	for k := range r.Attributes {
+		if overridden(k, r, f, s) {
+			continue
+		}
+		e.names = append(e.names, k)
+		for i := range len(k) { // as package parents does, without the closure
+			if k[i] != '.' {
+				continue
+			}
+			if v, ok := r.Attributes[k[:i]]; ok && !holdsObjects(v) {
+				e.parents = append(e.parents, k[:i])
+			}
+		}
+	}
+	slices.Sort(e.names)
+	within := e.names
+	if len(within) > e.maxFields {
+		within = within[:e.maxFields]
+	}
+	for _, k := range within {
+		v := r.Attributes[k]
+		name := e.name(k, v, f)
+		b = append(b, ',')
+		b = append(appendString(b, name), ':')
+		var err error
+		if b, err = appendValue(b, v, 1+strings.Count(name, ".")); err != nil {
+			return b, fmt.Errorf("attribute %q: %w", k, err)
+		}
+	}
+	if len(within) == len(e.names) {
+		return b, nil
+	}
+	rest := make(map[string]any, len(e.names)-len(within))
+	for _, k := range e.names[len(within):] {
+		rest[k] = r.Attributes[k]
+	}
+	b = append(appendString(append(b, ','), e.unused(extra)), ':')
+	b, err := appendAsText(b, rest)
+	if err != nil {
+		return b, fmt.Errorf("attributes over maxFields: %w", err)
+	}
+	return b, nil
+}
+
+// overridden reports whether record.Fields puts another value where the attribute
+// k was.
+func overridden(k string, r *record.Record, f *fragment, s *stream) bool {
+	switch k {
+	case record.Timestamp, record.Message:
+		return true
+	case record.LogLevel:
+		return r.Level != ""
+	case record.TraceID:
+		return r.TraceID != ""
+	case record.SpanID:
+		return r.SpanID != ""
+	case record.StreamName:
+		return r.Stream != ""
+	case record.ServiceName:
+		return r.Service != ""
+	case record.FilePath, record.FileOffset:
+		return r.Origin.Path != ""
+	case record.TruncatedBytes:
+		return r.TruncatedBytes > 0
+	case dsType, dsDataset, dsNamespace:
+		return len(s.fields) > 0
+	}
+	_, ours := f.names[k]
+	return ours
+}
+
+// name returns the name under which the attribute k is sent.
+func (e *encoder) name(k string, v any, f *fragment) string {
+	switch {
+	case e.refused(k, v, f):
+		return e.unused(moved + underscored(k))
+	case !holdsObjects(v) && e.above(k, f):
+		if name := k + ".value"; !e.taken(name) {
+			return e.unused(name)
+		}
+		return e.unused(moved + underscored(k))
+	}
+	return k
+}
+
+// refused reports whether the attribute cannot have its name whatever the other
+// attributes of the record are.
+func (e *encoder) refused(k string, v any, f *fragment) bool {
+	if _, reserved := metadata[k]; reserved || clean(k) != k {
+		return true
+	}
+	for i := range len(k) {
+		if k[i] != '.' {
+			continue
+		}
+		if _, plain := scalars[k[:i]]; plain || f.names[k[:i]] {
+			return true
+		}
+	}
+	_, plain := scalars[k]
+	return plain && isObject(v)
+}
+
+// underscored makes one part of a name.
+func underscored(name string) string { return strings.ReplaceAll(clean(name), ".", "_") }
+
+func isObject(v any) bool {
+	switch v := v.(type) {
+	case map[string]any:
+		return true
+	case []any:
+		return slices.ContainsFunc(v, isObject)
+	}
+	return false
+}
+
+// above reports whether others use the name as an object.
+func (e *encoder) above(k string, f *fragment) bool {
+	if _, ok := objects[k]; ok {
+		return true
+	}
+	if _, ok := f.parents[k]; ok {
+		return true
+	}
+	return slices.Contains(e.parents, k)
+}
+
+// taken reports whether another attribute of the record has the name, or names
+// below it.
+func (e *encoder) taken(name string) bool {
+	i, exact := slices.BinarySearch(e.names, name)
+	if exact || slices.Contains(e.renamed, name) {
+		return true
+	}
+	for _, n := range e.names[i:] {
+		rest, ok := strings.CutPrefix(n, name)
+		if !ok {
+			return false
+		}
+		if rest[0] == '.' {
+			return true
+		}
+	}
+	return false
+}
+
+func (e *encoder) unused(name string) string {
+	for e.taken(name) {
+		name += "_"
+	}
+	e.renamed = append(e.renamed, name)
+	return name
+}

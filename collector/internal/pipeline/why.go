@@ -1,0 +1,94 @@
+package pipeline
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
+	"github.com/outrigger-mesh/outrigger/collector/record"
+)
+
+// Limits of what is remembered of dropped records.
+const (
+	maxReasons = 4096
+	maxSamples = 3
+	maxSample  = 256 // bytes of a body
+)
+
+// Reason is why records of a container were not stored.
+type Reason struct {
+	Output    string    `json:"output"`
+	Namespace string    `json:"namespace"`
+	Pod       string    `json:"pod"`
+	Container string    `json:"container"`
+	Cause     string    `json:"cause"`
+	Rule      string    `json:"rule,omitempty"` // or what the backend said
+	Records   int64     `json:"records"`
+	Bytes     int64     `json:"bytes"`
+	Last      time.Time `json:"last"` // time of the last such record
+	Samples   []string  `json:"samples"`
+}
+
+type reasonKey struct {
+	namespace, pod, container, rule string
+	cause                           ledger.Cause
+}
+
+// reasons remembers since the start what was dropped, with samples. When it is full the rest
+// is added up without names.
+type reasons struct {
+	mu sync.Mutex
+	m  map[reasonKey]*Reason
+}
+
+func newReasons() *reasons { return &reasons{m: map[reasonKey]*Reason{}} }
+
+func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes int64) {
+	from := r.Resource
+	if from == nil {
+		from = &record.Resource{}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	k := reasonKey{from.Namespace, from.Pod, from.Container, rule, cause}
+	x := w.m[k]
+	if x == nil {
+		if len(w.m) >= maxReasons {
+			k = reasonKey{cause: cause}
+			x = w.m[k]
+		}
+		if x == nil {
+			x = &Reason{Namespace: k.namespace, Pod: k.pod, Container: k.container, Cause: cause.String(), Rule: k.rule}
+			w.m[k] = x
+		}
+	}
+	x.Records++
+	x.Bytes += bytes
+	x.Last = r.Time
+	if len(x.Samples) < maxSamples {
+		s := r.Body
+		if len(s) > maxSample {
+			s = strings.ToValidUTF8(s[:maxSample], "") + "…"
+		}
+		x.Samples = append(x.Samples, strings.Clone(s)) // not the chunk that the body is part of
+	}
+}
+
+func (w *reasons) list(output string) []Reason {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	out := make([]Reason, 0, len(w.m))
+	for _, x := range w.m {
+		c := *x
+		c.Output, c.Samples = output, slices.Clone(x.Samples)
+		out = append(out, c)
+	}
+	slices.SortFunc(out, func(a, b Reason) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.Container, b.Container),
+			cmp.Compare(a.Cause, b.Cause), cmp.Compare(a.Rule, b.Rule))
+	})
+	return out
+}
