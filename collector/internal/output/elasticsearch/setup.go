@@ -137,7 +137,7 @@ type template struct {
 	Priority      int            `json:"priority,omitempty"`
 	ComposedOf    []string       `json:"composed_of,omitempty"`
 	IgnoreMissing []string       `json:"ignore_missing_component_templates,omitempty"`
-	DataStream    map[string]any `json:"data_stream,omitempty"`
+	DataStream    map[string]any `json:"data_stream,omitzero"`
 	Template      map[string]any `json:"template,omitempty"`
 	Version       int            `json:"version,omitempty"`
 	Meta          *meta          `json:"_meta,omitempty"`
@@ -267,8 +267,13 @@ func (o *Output) labelsFlattened(ctx context.Context, name string) (bool, error)
 		}
 		newest, kind := -1, ""
 		for index, m := range indices {
+			// A backing index ends in its generation; an index that is no data stream may
+			// end in anything, but is the only one.
 			generation, err := strconv.Atoi(index[strings.LastIndexByte(index, '-')+1:])
-			if err == nil && generation > newest {
+			if err != nil {
+				generation = 0
+			}
+			if generation > newest {
 				newest, kind = generation, m.Mappings["kubernetes.labels"].Mapping["labels"].Type
 			}
 		}
