@@ -88,7 +88,7 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 // Kind returns "azuremonitor".
 func (*Output) Kind() string { return "azuremonitor" }
 
-// Traits: batches of about one call.
+// Traits asks for batches of about one call.
 func (o *Output) Traits() output.Traits {
 	return output.Traits{Concurrency: o.cfg.Concurrency, MaxBytes: maxCall}
 }

@@ -490,24 +490,33 @@ func FuzzAnswers(f *testing.F) {
 	f.Add(400, `{"error":{"code":"InvalidStream","message":"x"}}`, `{"token_type":"Bearer","expires_in":60,"access_token":"x"}`)
 	f.Add(204, ``, `{}`)
 	f.Add(429, `{"error":7}`, `{"token_type":7}`)
+	secretFile := filepath.Join(f.TempDir(), "s")
+	if err := os.WriteFile(secretFile, []byte("s"), 0o600); err != nil {
+		f.Fatal(err)
+	}
+	o, err := New(Config{DCREndpoint: "https://x", RuleID: testRule, Stream: testStream, TenantID: "t", ClientID: "c", ClientSecretFile: secretFile, Compression: "none"}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.Fatal(err)
+	}
+	records := batch(3, "x")
 	f.Fuzz(func(t *testing.T, status int, body, token string) {
-		respond := func(req *http.Request) (*http.Response, error) {
-			text, code := body, status
-			if strings.HasSuffix(req.URL.Path, "/token") {
-				text, code = token, 200
-			}
-			return &http.Response{StatusCode: code, Header: http.Header{"Retry-After": {body}}, Body: io.NopCloser(strings.NewReader(text)), Request: req}, nil
-		}
 		if status < 200 || status > 599 {
 			return
 		}
-		secretFile := filepath.Join(t.TempDir(), "s")
-		if err := os.WriteFile(secretFile, []byte("s"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		o := newOutput(t, Config{DCREndpoint: "https://x", RuleID: testRule, Stream: testStream, TenantID: "t", ClientID: "c", ClientSecretFile: secretFile})
-		o.client.Transport = roundTripper(respond)
-		got := o.Write(t.Context(), batch(3, "x"))
+		asked := 0
+		o.client.Transport = roundTripper(func(req *http.Request) (*http.Response, error) {
+			if asked++; asked > 20 {
+				t.Fatal("more than 20 requests for 3 records")
+			}
+			text, code := body, status
+			if strings.HasSuffix(req.URL.Path, "/token") {
+				text, code = token, http.StatusOK
+			}
+			return &http.Response{StatusCode: code, Header: http.Header{"Retry-After": {body}}, Body: io.NopCloser(strings.NewReader(text)), Request: req}, nil
+		})
+		o.tokens.value = ""
+		o.taken.Store(len(body)%2 == 0)
+		got := o.Write(t.Context(), records)
 		stored := got.Err == nil && len(got.Retry)+len(got.Rejected) < 3
 		if stored && status > 299 {
 			t.Fatalf("status %d acknowledged: %+v", status, got)

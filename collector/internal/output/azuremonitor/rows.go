@@ -186,8 +186,15 @@ func (w *rows) rest(b []byte, r *record.Record) ([]byte, error) {
 func describe(r *record.Resource) ([]byte, error) {
 	var b []byte
 	for _, c := range []struct{ name, value string }{
-		{"Cluster", r.Cluster}, {"Node", r.Node}, {"Namespace", r.Namespace}, {"Pod", r.Pod}, {"PodUid", r.PodUID}, {"Container", r.Container},
-		{"Image", r.Image}, {"WorkloadKind", r.WorkloadKind}, {"Workload", r.Workload},
+		{"Cluster", r.Cluster},
+		{"Node", r.Node},
+		{"Namespace", r.Namespace},
+		{"Pod", r.Pod},
+		{"PodUid", r.PodUID},
+		{"Container", r.Container},
+		{"Image", r.Image},
+		{"WorkloadKind", r.WorkloadKind},
+		{"Workload", r.Workload},
 	} {
 		if c.value != "" {
 			b = jsontext.AppendString(append(b, `,"`+c.name+`":`...), c.value)

@@ -96,18 +96,23 @@ func newFragment(r *record.Resource, flattened bool) *fragment {
 		return f
 	}
 	// Two keys may become one name: it then has both values.
-	values := map[string][]any{}
+	values := map[string][]string{}
 	for _, k := range slices.Sorted(maps.Keys(r.Labels)) {
 		name := clean(labels + "." + record.DedotKey(k))
 		values[name] = append(values[name], r.Labels[k])
 	}
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		add(name, true)
-		if v := values[name]; len(v) == 1 {
-			f.fields = jsontext.AppendString(f.fields, v[0].(string)) //nolint:errcheck,forcetypeassert // put there above
-		} else {
-			f.fields, _ = appendList(f.fields, v, 0) // of strings, which never fails
+		v := values[name]
+		if len(v) == 1 {
+			f.fields = jsontext.AppendString(f.fields, v[0])
+			continue
 		}
+		for i, text := range v {
+			f.fields = append(f.fields, "[,"[min(i, 1)])
+			f.fields = jsontext.AppendString(f.fields, text)
+		}
+		f.fields = append(f.fields, ']')
 	}
 	return f
 }

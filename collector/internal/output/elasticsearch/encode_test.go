@@ -106,7 +106,8 @@ func randomRecord(rng *rand.Rand, resources []*record.Resource) *record.Record {
 func TestDocumentIsFields(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	resources := []*record.Resource{
-		nil, {},
+		nil,
+		{},
 		{Cluster: "c1", Node: "n1", Namespace: "shop", Pod: "payments-0", PodUID: "u", Container: "main", Service: "payments", Labels: map[string]string{"app": "x", "app.kubernetes.io/name": "y"}},
 		{
 			Node: "n\"2", Namespace: "shop", Pod: "p", Service: "s", WorkloadKind: "Deployment", Workload: "cart", PodIP: "10.0.0.1", ContainerID: "abc", Image: "registry/cart:1",

@@ -190,13 +190,8 @@ func (t *template) sign(description string) *template {
 // templates come after those of ecs@mappings and only have a say where the
 // cluster does not have that.
 func componentTemplate() *template {
-	field := func(kind string, more ...any) map[string]any {
-		m := map[string]any{"type": kind}
-		for i := 0; i < len(more); i += 2 {
-			m[more[i].(string)] = more[i+1] //nolint:errcheck,forcetypeassert // constants below
-		}
-		return m
-	}
+	field := func(kind string) map[string]any { return map[string]any{"type": kind} }
+	cut := func(kind string) map[string]any { return map[string]any{"type": kind, "ignore_above": 1024} }
 	properties := func(p map[string]any) map[string]any { return map[string]any{"properties": p} }
 	dynamic := func(name, kind, path string, mapping map[string]any) map[string]any {
 		d := map[string]any{"match_mapping_type": kind, "mapping": mapping}
@@ -207,13 +202,13 @@ func componentTemplate() *template {
 	}
 	return (&template{Template: map[string]any{"mappings": map[string]any{
 		"properties": map[string]any{
-			"kubernetes": properties(map[string]any{"labels": field("flattened", "ignore_above", 1024)}),
+			"kubernetes": properties(map[string]any{"labels": cut("flattened")}),
 			"log":        properties(map[string]any{"offset": field("long"), "truncated_bytes": field("long")}),
 			"outrigger":  properties(map[string]any{"extra": field("text")}),
 		},
 		"dynamic_templates": []any{
 			dynamic("outrigger_message", "string", "message", field("text")),
-			dynamic("outrigger_strings", "string", "", field("keyword", "ignore_above", 1024)),
+			dynamic("outrigger_strings", "string", "", cut("keyword")),
 			dynamic("outrigger_numbers", "double", "", field("double")),
 		},
 	}}}).sign("Mappings of Outrigger's logs. Put changes into " + templateName + "@custom: a changed template is not updated.")

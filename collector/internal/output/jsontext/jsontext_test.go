@@ -61,7 +61,8 @@ func FuzzNumber(f *testing.F) {
 func TestTime(t *testing.T) {
 	var c jsontext.Clock
 	for _, at := range []time.Time{
-		{}, time.Unix(0, 0), time.Unix(0, 1), time.Unix(-1, 999_999_999), time.Date(2026, 11, 23, 3, 0, 0, 5, time.UTC), time.Date(2026, 11, 23, 3, 0, 0, 999_999_999, time.UTC),
+		{},
+		time.Unix(0, 0), time.Unix(0, 1), time.Unix(-1, 999_999_999), time.Date(2026, 11, 23, 3, 0, 0, 5, time.UTC), time.Date(2026, 11, 23, 3, 0, 0, 999_999_999, time.UTC),
 		time.Date(2026, 11, 23, 3, 0, 1, 120_000_000, time.FixedZone("", -3600)), time.Date(12026, 1, 1, 0, 0, 0, 1, time.UTC), time.Date(-5, 1, 1, 0, 0, 0, 1, time.UTC), time.Date(0, 1, 1, 0, 0, 0, 1, time.UTC),
 	} {
 		want := (&record.Record{Time: at}).Fields()[record.Timestamp]
