@@ -21,6 +21,7 @@ try() { # name, package, script that starts the server and runs the rest (or non
 	fi
 }
 try "Elasticsearch" ./collector/internal/output/elasticsearch deploy/peers/elasticsearch.sh
+OUTRIGGER_ES_SECURITY=true try "Elasticsearch with security" ./collector/internal/output/elasticsearch deploy/peers/elasticsearch.sh
 try "VictoriaMetrics" ./collector/internal/output/influxdb deploy/peers/victoriametrics.sh
 try "FluentServer of the fluentd project, OpenTelemetry Collector (forward)" ./collector/internal/output/fluentd
 try "go-lumber, Elastic's server for Beats" ./collector/internal/output/logstash

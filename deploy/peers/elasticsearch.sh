@@ -4,6 +4,11 @@
 #
 #   deploy/peers/elasticsearch.sh go test -tags peers -run TestRealElasticsearch ./collector/internal/output/elasticsearch/
 #
+# OUTRIGGER_ES_SECURITY=true starts it with security, without TLS, and two users of
+# the password outrigger-peer: admin, who may do everything, and shipper, who may
+# only do what the collector needs at least. API keys need modules that are
+# missing here.
+#
 # Without a command it prints the URL and serves until it is interrupted.
 #
 # The server is Elastic's own integration-test distribution, an artifact of
@@ -18,6 +23,7 @@ set -euo pipefail
 version=${OUTRIGGER_ES_VERSION:-8.19.7}
 heap=${OUTRIGGER_ES_HEAP:-512m}
 deadline=${OUTRIGGER_ES_START_SECONDS:-240}
+security=${OUTRIGGER_ES_SECURITY:-false}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cache=$root/.cache/peers
 home=$cache/elasticsearch-$version
@@ -68,7 +74,9 @@ node.name: peer
 path.data: $work/data
 path.logs: $work/logs
 discovery.type: single-node
-xpack.security.enabled: false
+xpack.security.enabled: $security
+# Small, so that a test of too large requests is cheap.
+http.max_content_length: 16mb
 http.host: 127.0.0.1
 http.port: 9200-9400
 transport.host: 127.0.0.1
@@ -76,6 +84,26 @@ transport.port: 9500-9700
 # A test machine's disk may be fuller than the watermarks allow.
 cluster.routing.allocation.disk.threshold_enabled: false
 YML
+
+as_admin=()
+if [[ $security == true ]]; then
+	as_admin=(-u admin:outrigger-peer)
+	cat >>"$work/config/elasticsearch.yml" <<YML
+xpack.security.enrollment.enabled: false
+xpack.security.autoconfiguration.enabled: false
+xpack.security.http.ssl.enabled: false
+xpack.security.transport.ssl.enabled: false
+YML
+	hash='$2a$04$YXoLHrXvSvmJk3FxQtN2m.VBzv/vU8gQDT7YLGE4DIf8VcvV6RsWK' # bcrypt
+	printf '%s:%s\n' admin "$hash" shipper "$hash" >"$work/config/users"
+	printf 'superuser:admin\nshipper:shipper\n' >"$work/config/users_roles"
+	cat >"$work/config/roles.yml" <<YML
+shipper:
+  indices:
+    - names: ["logs-*-*"]
+      privileges: [auto_configure, create_doc]
+YML
+fi
 
 # Elasticsearch refuses to run as root.
 as=()
@@ -109,7 +137,7 @@ for _ in $(seq $((deadline * 5))); do
 	if [[ -z $url ]]; then
 		port=$(sed -n 's/.*AbstractHttpServerTransport.*publish_address {127\.0\.0\.1:\([0-9]*\)}.*/\1/p' "$work/out" | head -n 1)
 		[[ -z $port ]] || url=http://127.0.0.1:$port
-	elif curl -sf -o "$work/health" "$url/_cluster/health?wait_for_status=yellow&timeout=1s"; then
+	elif curl -sf ${as_admin[@]+"${as_admin[@]}"} -o "$work/health" "$url/_cluster/health?wait_for_status=yellow&timeout=1s"; then
 		ready=yes
 		break
 	fi
@@ -117,7 +145,7 @@ for _ in $(seq $((deadline * 5))); do
 done
 [[ -n $ready ]] || { tail -n 40 "$work/out" >&2; die "not ready after $deadline s (its output is above; OUTRIGGER_ES_START_SECONDS gives it longer)"; }
 say "$version ready at $url after $(echo "$(date +%s.%N) $started" | awk '{printf "%.1f", $1 - $2}') s"
-say "modules: $(curl -sf "$url/_nodes/plugins?filter_path=nodes.*.modules.name" | tr -d '"{}[]' | sed 's/nodes:[^:]*:modules://; s/name://g')"
+say "modules: $(curl -sf ${as_admin[@]+"${as_admin[@]}"} "$url/_nodes/plugins?filter_path=nodes.*.modules.name" | tr -d '"{}[]' | sed 's/nodes:[^:]*:modules://; s/name://g')"
 
 export OUTRIGGER_ES_URL=$url
 if [[ $# -gt 0 ]]; then

@@ -109,8 +109,8 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 // Kind returns "elasticsearch".
 func (*Output) Kind() string { return "elasticsearch" }
 
-// Traits: as many Writes at a time as the configuration says. Order does not
-// matter to Elasticsearch: readers sort by time and offset.
+// Traits asks for as many Writes at a time as the configuration says. Order does
+// not matter to Elasticsearch: readers sort by time and offset.
 func (o *Output) Traits() output.Traits { return output.Traits{Concurrency: o.cfg.Concurrency} }
 
 // FailureStored returns how many records Elasticsearch put into the failure store

@@ -12,6 +12,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/jsontext"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -62,7 +63,7 @@ func newFragment(r *record.Resource, flattened bool) *fragment {
 	delete(fields, record.Timestamp)
 	delete(fields, record.Message)
 	if r.Service != "" {
-		f.service = appendString([]byte(`,"`+record.ServiceName+`":`), r.Service)
+		f.service = jsontext.AppendString([]byte(`,"`+record.ServiceName+`":`), r.Service)
 		delete(fields, record.ServiceName)
 	}
 	add := func(name string, plain bool) {
@@ -72,12 +73,12 @@ func newFragment(r *record.Resource, flattened bool) *fragment {
 			f.parents[p] = struct{}{}
 		}
 		f.fields = append(f.fields, ',')
-		f.fields = append(appendString(f.fields, name), ':')
+		f.fields = append(jsontext.AppendString(f.fields, name), ':')
 	}
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		add(name, true)
 		text, _ := fields[name].(string) // all of them are
-		f.fields = appendString(f.fields, text)
+		f.fields = jsontext.AppendString(f.fields, text)
 	}
 	if len(r.Labels) == 0 {
 		return f
@@ -88,25 +89,30 @@ func newFragment(r *record.Resource, flattened bool) *fragment {
 		for i, k := range slices.Sorted(maps.Keys(r.Labels)) {
 			f.fields = append(f.fields, "{,"[min(i, 1)])
 			// Flattened fields refuse NUL in keys.
-			f.fields = append(appendString(f.fields, strings.ReplaceAll(k, "\x00", "_")), ':')
-			f.fields = appendString(f.fields, r.Labels[k])
+			f.fields = append(jsontext.AppendString(f.fields, strings.ReplaceAll(k, "\x00", "_")), ':')
+			f.fields = jsontext.AppendString(f.fields, r.Labels[k])
 		}
 		f.fields = append(f.fields, '}')
 		return f
 	}
 	// Two keys may become one name: it then has both values.
-	values := map[string][]any{}
+	values := map[string][]string{}
 	for _, k := range slices.Sorted(maps.Keys(r.Labels)) {
 		name := clean(labels + "." + record.DedotKey(k))
 		values[name] = append(values[name], r.Labels[k])
 	}
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		add(name, true)
-		if v := values[name]; len(v) == 1 {
-			f.fields = appendString(f.fields, v[0].(string)) //nolint:errcheck,forcetypeassert // put there above
-		} else {
-			f.fields, _ = appendList(f.fields, v, 0) // of strings, which never fails
+		v := values[name]
+		if len(v) == 1 {
+			f.fields = jsontext.AppendString(f.fields, v[0])
+			continue
 		}
+		for i, text := range v {
+			f.fields = append(f.fields, "[,"[min(i, 1)])
+			f.fields = jsontext.AppendString(f.fields, text)
+		}
+		f.fields = append(f.fields, ']')
 	}
 	return f
 }
@@ -128,7 +134,7 @@ type encoder struct {
 
 	fragments map[fragmentKey]*fragment
 	places    map[placeKey]*place
-	clock     clock
+	clock     jsontext.Clock
 
 	// Of the record before, which the next is likely to share.
 	lastKey      fragmentKey
@@ -251,24 +257,24 @@ func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) 
 		b = append(b, '"')
 	}
 	b = append(b, "}}\n"+`{"@timestamp":"`...)
-	b = e.clock.append(b, r.Time)
+	b = e.clock.Append(b, r.Time)
 	b = append(b, `","message":`...)
-	b = appendString(b, r.Body)
+	b = jsontext.AppendString(b, r.Body)
 	if r.Level != "" {
-		b = appendString(append(b, `,"log.level":`...), r.Level)
+		b = jsontext.AppendString(append(b, `,"log.level":`...), r.Level)
 	}
 	if r.TraceID != "" {
-		b = appendString(append(b, `,"trace.id":`...), r.TraceID)
+		b = jsontext.AppendString(append(b, `,"trace.id":`...), r.TraceID)
 	}
 	if r.SpanID != "" {
-		b = appendString(append(b, `,"span.id":`...), r.SpanID)
+		b = jsontext.AppendString(append(b, `,"span.id":`...), r.SpanID)
 	}
 	if r.Stream != "" {
-		b = appendString(append(b, `,"stream":`...), r.Stream)
+		b = jsontext.AppendString(append(b, `,"stream":`...), r.Stream)
 	}
 	b = append(b, f.fields...)
 	if r.Service != "" {
-		b = appendString(append(b, `,"service.name":`...), r.Service)
+		b = jsontext.AppendString(append(b, `,"service.name":`...), r.Service)
 	} else if _, said := r.Attributes[record.ServiceName]; !said {
 		b = append(b, f.service...)
 	}
@@ -316,7 +322,7 @@ func (e *encoder) attributes(b []byte, r *record.Record, f *fragment, s *stream)
 		v := r.Attributes[k]
 		name := e.name(k, v, f)
 		b = append(b, ',')
-		b = append(appendString(b, name), ':')
+		b = append(jsontext.AppendString(b, name), ':')
 		var err error
 		if b, err = appendValue(b, v, 1+strings.Count(name, ".")); err != nil {
 			return b, fmt.Errorf("attribute %q: %w", k, err)
@@ -329,7 +335,7 @@ func (e *encoder) attributes(b []byte, r *record.Record, f *fragment, s *stream)
 	for _, k := range e.names[len(within):] {
 		rest[k] = r.Attributes[k]
 	}
-	b = append(appendString(append(b, ','), e.unused(extra)), ':')
+	b = append(jsontext.AppendString(append(b, ','), e.unused(extra)), ':')
 	b, err := appendAsText(b, rest)
 	if err != nil {
 		return b, fmt.Errorf("attributes over maxFields: %w", err)

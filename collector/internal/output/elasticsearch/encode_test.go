@@ -106,7 +106,8 @@ func randomRecord(rng *rand.Rand, resources []*record.Resource) *record.Record {
 func TestDocumentIsFields(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	resources := []*record.Resource{
-		nil, {},
+		nil,
+		{},
 		{Cluster: "c1", Node: "n1", Namespace: "shop", Pod: "payments-0", PodUID: "u", Container: "main", Service: "payments", Labels: map[string]string{"app": "x", "app.kubernetes.io/name": "y"}},
 		{
 			Node: "n\"2", Namespace: "shop", Pod: "p", Service: "s", WorkloadKind: "Deployment", Workload: "cart", PodIP: "10.0.0.1", ContainerID: "abc", Image: "registry/cart:1",
@@ -349,60 +350,6 @@ func repeated(object []byte) string {
 		}
 	}
 	return ""
-}
-
-// FuzzString: a string is written as encoding/json would.
-func FuzzString(f *testing.F) {
-	for _, s := range oddText {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		got := appendString(nil, s)
-		want, err := json.Marshal(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var a, b string
-		if err := json.Unmarshal(got, &a); err != nil {
-			t.Fatalf("%q: %v", got, err)
-		}
-		if err := json.Unmarshal(want, &b); err != nil || a != b {
-			t.Fatalf("%q is written as %s; encoding/json writes %s", s, got, want)
-		}
-		if bytes.ContainsAny(got, "\n\r") {
-			t.Fatalf("a line break in %q", got)
-		}
-	})
-}
-
-// FuzzNumber: a number is read back as it was.
-func FuzzNumber(f *testing.F) {
-	for _, n := range []float64{0, math.Copysign(0, -1), 1, -1, 0.1, 1 << 53, 1<<53 + 2, 1 << 63, 1e19, 1e21, 1e-7, math.MaxFloat64, math.SmallestNonzeroFloat64} {
-		f.Add(n)
-	}
-	f.Fuzz(func(t *testing.T, n float64) {
-		text := appendFloat(nil, n)
-		var back any
-		if err := json.Unmarshal(text, &back); err != nil {
-			t.Fatalf("%s: %v", text, err)
-		}
-		if _, isText := back.(string); !isText && back != n || isText != (math.IsNaN(n) || math.IsInf(n, 0)) {
-			t.Fatalf("%v is written as %s", n, text)
-		}
-	})
-}
-
-func TestTime(t *testing.T) {
-	var c clock
-	for _, at := range []time.Time{
-		{}, time.Unix(0, 0), time.Unix(0, 1), time.Unix(-1, 999_999_999), time.Date(2026, 11, 23, 3, 0, 0, 5, time.UTC), time.Date(2026, 11, 23, 3, 0, 0, 999_999_999, time.UTC),
-		time.Date(2026, 11, 23, 3, 0, 1, 120_000_000, time.FixedZone("", -3600)), time.Date(12026, 1, 1, 0, 0, 0, 1, time.UTC), time.Date(-5, 1, 1, 0, 0, 0, 1, time.UTC), time.Date(0, 1, 1, 0, 0, 0, 1, time.UTC),
-	} {
-		want := (&record.Record{Time: at}).Fields()[record.Timestamp]
-		if got := string(c.append(nil, at)); got != want {
-			t.Errorf("%v: %s; want %s", at, got, want)
-		}
-	}
 }
 
 // Ids are unique, of one length and in the order of the offsets.

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/jsontext"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -56,7 +57,7 @@ type placeKey struct{ file, path, cluster, node string }
 func newPlace(k placeKey) *place {
 	p := &place{id: newFileID(k.cluster, k.node, k.file)}
 	if k.path != "" {
-		p.path = appendString([]byte(`,"`+record.FilePath+`":`), k.path)
+		p.path = jsontext.AppendString([]byte(`,"`+record.FilePath+`":`), k.path)
 	}
 	return p
 }

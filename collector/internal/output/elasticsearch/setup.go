@@ -137,7 +137,7 @@ type template struct {
 	Priority      int            `json:"priority,omitempty"`
 	ComposedOf    []string       `json:"composed_of,omitempty"`
 	IgnoreMissing []string       `json:"ignore_missing_component_templates,omitempty"`
-	DataStream    map[string]any `json:"data_stream,omitempty"`
+	DataStream    map[string]any `json:"data_stream,omitzero"`
 	Template      map[string]any `json:"template,omitempty"`
 	Version       int            `json:"version,omitempty"`
 	Meta          *meta          `json:"_meta,omitempty"`
@@ -190,13 +190,8 @@ func (t *template) sign(description string) *template {
 // templates come after those of ecs@mappings and only have a say where the
 // cluster does not have that.
 func componentTemplate() *template {
-	field := func(kind string, more ...any) map[string]any {
-		m := map[string]any{"type": kind}
-		for i := 0; i < len(more); i += 2 {
-			m[more[i].(string)] = more[i+1] //nolint:errcheck,forcetypeassert // constants below
-		}
-		return m
-	}
+	field := func(kind string) map[string]any { return map[string]any{"type": kind} }
+	cut := func(kind string) map[string]any { return map[string]any{"type": kind, "ignore_above": 1024} }
 	properties := func(p map[string]any) map[string]any { return map[string]any{"properties": p} }
 	dynamic := func(name, kind, path string, mapping map[string]any) map[string]any {
 		d := map[string]any{"match_mapping_type": kind, "mapping": mapping}
@@ -207,13 +202,13 @@ func componentTemplate() *template {
 	}
 	return (&template{Template: map[string]any{"mappings": map[string]any{
 		"properties": map[string]any{
-			"kubernetes": properties(map[string]any{"labels": field("flattened", "ignore_above", 1024)}),
+			"kubernetes": properties(map[string]any{"labels": cut("flattened")}),
 			"log":        properties(map[string]any{"offset": field("long"), "truncated_bytes": field("long")}),
 			"outrigger":  properties(map[string]any{"extra": field("text")}),
 		},
 		"dynamic_templates": []any{
 			dynamic("outrigger_message", "string", "message", field("text")),
-			dynamic("outrigger_strings", "string", "", field("keyword", "ignore_above", 1024)),
+			dynamic("outrigger_strings", "string", "", cut("keyword")),
 			dynamic("outrigger_numbers", "double", "", field("double")),
 		},
 	}}}).sign("Mappings of Outrigger's logs. Put changes into " + templateName + "@custom: a changed template is not updated.")
@@ -267,8 +262,13 @@ func (o *Output) labelsFlattened(ctx context.Context, name string) (bool, error)
 		}
 		newest, kind := -1, ""
 		for index, m := range indices {
+			// A backing index ends in its generation; an index that is no data stream may
+			// end in anything, but is the only one.
 			generation, err := strconv.Atoi(index[strings.LastIndexByte(index, '-')+1:])
-			if err == nil && generation > newest {
+			if err != nil {
+				generation = 0
+			}
+			if generation > newest {
 				newest, kind = generation, m.Mappings["kubernetes.labels"].Mapping["labels"].Type
 			}
 		}

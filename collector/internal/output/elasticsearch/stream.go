@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/jsontext"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -34,12 +35,12 @@ func (o *Output) newStream(dataset string, flattened bool, now time.Time) *strea
 	if *o.cfg.DataStream {
 		s.name = streamName(dataset, o.cfg.Namespace)
 		s.fields = append(s.fields, `,"`+dsType+`":"logs","`+dsDataset+`":`...)
-		s.fields = append(appendString(s.fields, dataset), `,"`+dsNamespace+`":`...)
-		s.fields = appendString(s.fields, o.cfg.Namespace)
+		s.fields = append(jsontext.AppendString(s.fields, dataset), `,"`+dsNamespace+`":`...)
+		s.fields = jsontext.AppendString(s.fields, o.cfg.Namespace)
 	} else {
 		s.name = o.cfg.Index
 	}
-	s.action = appendString([]byte(`{"create":{"_index":`), s.name)
+	s.action = jsontext.AppendString([]byte(`{"create":{"_index":`), s.name)
 	return s
 }
 
