@@ -32,6 +32,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/kube"
 	"github.com/outrigger-mesh/outrigger/collector/internal/metadata"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/azuremonitor"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
@@ -79,7 +80,7 @@ func load(path string) (*config.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--config: %w", err)
 	}
-	c, err := config.Parse(b)
+	c, err := config.Parse(b, os.Getenv)
 	if err != nil {
 		return nil, fmt.Errorf("--config %s:\n%w", path, err)
 	}
@@ -239,6 +240,8 @@ func (p *parts) output(name string, o config.Output, log *slog.Logger) (out outp
 		out, err = elasticsearch.New(*o.Elasticsearch, log)
 	case o.Fluentd != nil:
 		out, err = fluentd.New(*o.Fluentd, log)
+	case o.AzureMonitor != nil:
+		out, err = azuremonitor.New(*o.AzureMonitor, log)
 	case o.Logstash != nil:
 		out, err = logstash.New(*o.Logstash, log)
 	case o.OTLP != nil:

@@ -124,7 +124,7 @@ func watch(ctx context.Context, s settings, text *[]byte, r *reloads, log *slog.
 			continue // it is being replaced, or nothing changed
 		}
 		*text = now
-		next, err := config.Parse(now)
+		next, err := config.Parse(now, os.Getenv)
 		if err != nil {
 			r.note(log, s.config, err)
 			continue

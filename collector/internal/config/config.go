@@ -54,6 +54,7 @@ import (
 
 	"go.yaml.in/yaml/v2"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/azuremonitor"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
@@ -153,6 +154,7 @@ type Output struct {
 	InfluxDB      *influxdb.Config      `yaml:"influxdb"`
 	Logstash      *logstash.Config      `yaml:"logstash"`
 	OTLP          *otlp.Config          `yaml:"otlp"`
+	AzureMonitor  *azuremonitor.Config  `yaml:"azuremonitor"`
 }
 
 // kinds are the names of the outputs' kinds.
@@ -163,9 +165,12 @@ func kinds() (names []string) {
 	return names
 }
 
-// Parse reads and checks a configuration. The error has one line for each thing
-// that is wrong, with its field, value and remedy.
-func Parse(b []byte) (*Config, error) {
+// Parse reads and checks a configuration. getenv gives what Azure's workload
+// identity puts into the environment of a pod (AZURE_TENANT_ID, AZURE_CLIENT_ID,
+// AZURE_FEDERATED_TOKEN_FILE, AZURE_AUTHORITY_HOST), for outputs that do not say
+// it themselves. The error has one line for each thing that is wrong, with its field,
+// value and remedy.
+func Parse(b []byte, getenv func(string) string) (*Config, error) {
 	if len(b) > MaxSize {
 		return nil, fmt.Errorf("the file has %d bytes; at most %d are read", len(b), MaxSize)
 	}
@@ -174,6 +179,16 @@ func Parse(b []byte) (*Config, error) {
 		return nil, explain(err)
 	}
 	c.setDefaults()
+	for _, o := range c.Outputs {
+		if a := o.AzureMonitor; a != nil {
+			def(&a.TenantID, getenv("AZURE_TENANT_ID"))
+			def(&a.ClientID, getenv("AZURE_CLIENT_ID"))
+			def(&a.AuthorityHost, getenv("AZURE_AUTHORITY_HOST"))
+			if a.ClientSecretFile == "" {
+				def(&a.TokenFile, getenv("AZURE_FEDERATED_TOKEN_FILE"))
+			}
+		}
+	}
 	if err := c.validate(); err != nil {
 		return nil, err
 	}
@@ -403,6 +418,7 @@ func (o Output) validate() error {
 	add("influxdb", o.InfluxDB != nil, func() error { return o.InfluxDB.Validate() })
 	add("logstash", o.Logstash != nil, func() error { return o.Logstash.Validate() })
 	add("otlp", o.OTLP != nil, func() error { return o.OTLP.Validate() })
+	add("azuremonitor", o.AzureMonitor != nil, func() error { return o.AzureMonitor.Validate() })
 	if len(has) != 1 {
 		return fmt.Errorf("it has the kinds %s; write exactly one of %s", list(has), list(kinds()))
 	}

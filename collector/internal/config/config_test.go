@@ -17,7 +17,7 @@ cluster: eu-1
 logs: {outputs: [local], batch: {linger: 50ms}}
 metrics: {host: true, expose: 0.0.0.0:15031, scrape: [{job: sidecars, address: 127.0.0.1:15020, interval: 5s}]}
 outputs: {local: {store: {folder: /data, retention: 48h}}, spare: {influxdb: {url: http://i:8086, bucket: b}}}
-`))
+`), none)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +36,7 @@ outputs: {local: {store: {folder: /data, retention: 48h}}, spare: {influxdb: {ur
 // them.
 func TestMistakes(t *testing.T) {
 	golden.Cases(t, "testdata/*.txtar", func(_ *testing.T, c *golden.Case) {
-		_, err := config.Parse([]byte(c.Input("config.yaml")))
+		_, err := config.Parse([]byte(c.Input("config.yaml")), none)
 		got := "no error\n"
 		if err != nil {
 			got = err.Error() + "\n"
@@ -46,7 +46,7 @@ func TestMistakes(t *testing.T) {
 }
 
 func TestTooLarge(t *testing.T) {
-	if _, err := config.Parse([]byte(strings.Repeat("#", config.MaxSize+1))); err == nil {
+	if _, err := config.Parse([]byte(strings.Repeat("#", config.MaxSize+1)), none); err == nil {
 		t.Error("a file over the limit is read")
 	}
 }
@@ -56,8 +56,11 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("logs: {outputs: [a]}\noutputs: {a: {store: {folder: /x}}}\n"))
 	f.Add([]byte("a: &a [*a]\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if c, err := config.Parse(b); err == nil && c.Logs == nil && c.Metrics == nil {
+		if c, err := config.Parse(b, none); err == nil && c.Logs == nil && c.Metrics == nil {
 			t.Fatal("an empty configuration was taken")
 		}
 	})
 }
+
+// none is an environment in which nothing is set.
+func none(string) string { return "" }
