@@ -11,8 +11,8 @@ const (
 	windowSeconds = 10
 	windows       = 360  // of a namespace: an hour
 	days          = 8    // of a namespace
-	maxUsages     = 4096 // namespaces of all quotas; the others share one
-	maxSent       = 4096 // streams of a namespace whose past verdicts are known
+	maxUsages     = 512  // namespaces of all quotas; the others share one
+	maxSent       = 1024 // streams of a namespace whose past verdicts are known
 	maxSpans      = 64   // of a stream
 )
 
