@@ -228,3 +228,22 @@ func BenchmarkApply(b *testing.B) {
 		})
 	})
 }
+
+// Whatever a pod's annotations say: no panic, and what is not understood is said.
+func FuzzAnnotations(f *testing.F) {
+	f.Add("outrigger.dev/logs", "regex:(?P<a>.)", "co.elastic.logs/multiline.pattern", "^x")
+	f.Add("outrigger.dev/sample", "NaN", "outrigger.dev/redact", "all")
+	f.Add("fluentbit.io/parser_stdout-app", "nginx", "vector.dev/exclude-containers", ",")
+	s := compile(f, "{}")
+	f.Fuzz(func(t *testing.T, key1, value1, key2, value2 string) {
+		p := s.For(&record.Resource{Container: "app", Annotations: map[string]string{key1: value1, key2: value2}, Labels: map[string]string{key1: value1}})
+		if p.Multiline() == nil || len(p.Problems()) > 32 {
+			t.Fatalf("multiline %v, %d problems", p.Multiline(), len(p.Problems()))
+		}
+		if strings.HasPrefix(key1, "fluentbit.io/") && p.Off() == "" && len(p.Problems()) == 0 && !strings.HasPrefix(key1, "fluentbit.io/exclude") && !strings.HasPrefix(key1, "fluentbit.io/parser") {
+			t.Fatalf("%q is ignored without a word", key1)
+		}
+		r := record.Record{Time: at, Stream: "stdout", Body: "level=info a@example.com " + value1}
+		p.Apply(&r)
+	})
+}
