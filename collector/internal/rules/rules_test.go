@@ -186,6 +186,22 @@ func TestQuotaOfADay(t *testing.T) {
 	}
 }
 
+// A reload with another limit goes on counting, and repeats old verdicts.
+func TestQuotaResumes(t *testing.T) {
+	old := compile(t, "quotas: [{name: q, bytesPerDay: 150, action: drop}, {name: gone, bytesPerDay: 1, action: warn}]")
+	p := old.For(&record.Resource{Namespace: "shop"})
+	judged(p, "f", 0, at)
+	judged(p, "f", 100, at)
+	s := compile(t, "quotas: [{name: q, bytesPerDay: 350, action: drop}]")
+	s.Resume(old)
+	p = s.For(&record.Resource{Namespace: "shop"})
+	for i, want := range []rules.Cause{rules.Keep, rules.ByQuota, rules.Keep, rules.ByQuota} {
+		if got := judged(p, "f", int64(i)*100, at); got != want {
+			t.Errorf("record %d after the reload: %v; want %v", i, got, want)
+		}
+	}
+}
+
 func TestNoRulesCostNothing(t *testing.T) {
 	p := compile(t, "{}").For(&record.Resource{Namespace: "shop"})
 	r := record.Record{Body: "10.0.0.1 GET /index.html 200"}
