@@ -19,6 +19,9 @@ import (
 const (
 	MaxLines   = 1000 // of one record; the line after these begins another
 	MaxPattern = 4096 // bytes of a regular expression
+	// MaxMatched bytes of a line are compared with one: the first of a longer line,
+	// or the last where the end of the line is what tells (unfinished, end).
+	MaxMatched = 16 << 10
 )
 
 type languages uint16
@@ -173,6 +176,13 @@ func (g *Grouper) joined(next state) (joins, open bool) {
 
 // matched is Line for a pattern. Its state is begun while a record may go on.
 func (g *Grouper) matched(text []byte) (joins, open bool) {
+	if len(text) > MaxMatched {
+		if g.lang.mode == unfinished || g.lang.mode == end {
+			text = text[len(text)-MaxMatched:]
+		} else {
+			text = text[:MaxMatched]
+		}
+	}
 	match := g.lang.pattern.Match(text)
 	before := g.state == begun
 	switch g.lang.mode {

@@ -25,16 +25,24 @@ var (
 	// library is the patterns that a specification may name: those of Logstash in
 	// RE2, and what other servers than httpd write.
 	library = sync.OnceValue(func() map[string]string {
-		out := map[string]string{
+		own := map[string]string{
+			// These take a twentieth of the library's steps, and match the same but for
+			// the number and the length of their parts.
+			"IPV6":     `(?:(?:[0-9A-Fa-f]+:){7}[0-9A-Fa-f]+|(?:[0-9A-Fa-f]+(?::[0-9A-Fa-f]+)*)?::(?:[0-9A-Fa-f]+:)*(?:[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+|[0-9A-Fa-f]+)?)(?:%\w+)?`,
+			"HOSTNAME": `\b[0-9A-Za-z][0-9A-Za-z-]*(?:\.[0-9A-Za-z][0-9A-Za-z-]*)*\.?`,
+			"MONTH":    `\b(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b`,
+
 			"NGINXACCESS": `%{IPORHOST:source.address} - (?:-|%{NOTSPACE:user.name}) \[%{HTTPDATE:timestamp}\] "(?:%{WORD:http.request.method} %{NOTSPACE:url.original}(?: HTTP/%{NUMBER:http.version})?|%{DATA})" %{INT:http.response.status_code:int} %{INT:http.response.body.bytes:long} "(?:-|%{DATA:http.request.referrer})" "(?:-|%{DATA:user_agent.original})"`,
 			"NGINXERROR":  `%{YEAR}/%{MONTHNUM}/%{MONTHDAY} %{TIME} \[%{LOGLEVEL:log.level}\] %{POSINT:process.pid:int}#%{NONNEGINT:process.thread.id:int}: (?:\*%{NONNEGINT:nginx.error.connection_id:long} )?%{GREEDYDATA:message}`,
 		}
+		out := map[string]string{}
 		for _, m := range [...]map[string]string{
 			patterns.Default, patterns.AWS, patterns.HAProxy, patterns.Httpd, patterns.Java, patterns.MongoDB, patterns.PostgreSQL,
 			patterns.Rails, patterns.Redis, patterns.Ruby, patterns.Squid, patterns.Syslog,
 		} {
 			maps.Copy(out, m)
 		}
+		maps.Copy(out, own)
 		return out
 	})
 )
@@ -55,12 +63,11 @@ func compileGrok(spec string) (Parser, error) {
 	if len(e.fields) == 0 {
 		return nil, fmt.Errorf("parser grok:%s names no field; write %%{DATA:message} for what is wanted", spec)
 	}
-	re, err := regexp.Compile(e.out.String())
+	p, err := newPattern(e.out.String())
 	if err != nil {
 		return nil, fmt.Errorf("parser grok:%s: %w; write what stands between the references as RE2 reads it", spec, err)
 	}
-	p := &pattern{re: re}
-	for i, name := range re.SubexpNames() {
+	for i, name := range p.re.SubexpNames() {
 		if n, err := strconv.Atoi(strings.TrimPrefix(name, "grok")); err == nil && n < len(e.fields) {
 			g := e.fields[n]
 			g.index = i

@@ -161,7 +161,7 @@ func (p *reader) there(name string) bool {
 func (p *reader) put(name string, v any) bool {
 	if p.fields == nil {
 		// As many as there may be, for most lines.
-		p.fields = make(map[string]any, min(strings.Count(p.s[p.i:], `,"`)+1, 32))
+		p.fields = make(map[string]any, min(strings.Count(p.s[p.i:], ",")+1, 32))
 	}
 	n := len(p.fields)
 	p.fields[name] = v

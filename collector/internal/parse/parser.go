@@ -3,6 +3,7 @@ package parse
 import (
 	"fmt"
 	"regexp"
+	"regexp/syntax"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -14,8 +15,13 @@ import (
 const (
 	MaxPattern  = 4096    // bytes of a specification
 	MaxExpanded = 1 << 16 // bytes of a grok pattern with all that it names
-	// MaxMatched bytes of a line are matched; a longer one has Failed.
+	// MaxMatched bytes of a line are matched; a longer one has Failed. With a large
+	// pattern it is fewer, down to minMatched, so that the two multiplied, which
+	// is the time that a match can take, are at most maxSteps: a pattern may come
+	// from the annotation of any pod.
 	MaxMatched = 64 << 10
+	minMatched = 4 << 10
+	maxSteps   = 1 << 25
 )
 
 // Parser fills a record from its Body. It is not changed by use and is safe for
@@ -226,17 +232,46 @@ func (k kind) value(s string) any {
 // pattern is a regular expression whose groups are fields. RE2 takes time
 // linear in the line.
 type pattern struct {
-	re     *regexp.Regexp
+	re *regexp.Regexp
+	// start is re at the start of the line. It is tried first, since it takes a
+	// fraction of the time, and a match there is the one that re would find.
+	start  *regexp.Regexp
 	groups []group
+	most   int // bytes of a line
+}
+
+// newPattern compiles an expression, and refuses one whose size leaves no line
+// to be matched.
+func newPattern(expr string) (*pattern, error) {
+	re, err := regexp.Compile(expr)
+	if err != nil {
+		return nil, err
+	}
+	tree, err := syntax.Parse(expr, syntax.Perl)
+	if err != nil {
+		return nil, err
+	}
+	prog, err := syntax.Compile(tree.Simplify())
+	if err != nil {
+		return nil, err
+	}
+	most := min(MaxMatched, maxSteps/len(prog.Inst))
+	if most < minMatched {
+		return nil, fmt.Errorf("it has %d steps; at most %d are taken", len(prog.Inst), maxSteps/minMatched)
+	}
+	start, err := regexp.Compile(`\A(?:` + expr + `)`)
+	if err != nil {
+		return nil, err
+	}
+	return &pattern{re: re, start: start, most: most}, nil
 }
 
 func compileRegexp(expr string) (Parser, error) {
-	re, err := regexp.Compile(expr)
+	p, err := newPattern(expr)
 	if err != nil {
-		return nil, fmt.Errorf("parser regex:%s: %w; write it as RE2 reads it (no look-around, no back references)", expr, err)
+		return nil, fmt.Errorf("parser regex:%s: %w; write a small one, as RE2 reads it (no look-around, no back references)", expr, err)
 	}
-	p := &pattern{re: re}
-	for i, name := range re.SubexpNames() {
+	for i, name := range p.re.SubexpNames() {
 		if name != "" {
 			p.groups = append(p.groups, group{index: i, name: strings.ReplaceAll(name, "__", ".")})
 		}
@@ -250,10 +285,13 @@ func compileRegexp(expr string) (Parser, error) {
 // Parse makes fields of the groups that matched something.
 func (p *pattern) Parse(r *record.Record) Outcome {
 	valid(r)
-	if len(r.Body) > MaxMatched {
+	if len(r.Body) > p.most {
 		return failed(r)
 	}
-	at := p.re.FindStringSubmatchIndex(r.Body)
+	at := p.start.FindStringSubmatchIndex(r.Body)
+	if at == nil {
+		at = p.re.FindStringSubmatchIndex(r.Body)
+	}
 	if at == nil {
 		return failed(r)
 	}

@@ -83,6 +83,10 @@ func TestParsers(t *testing.T) {
 	}, ok)
 	f("grok:id=%{DATA:id:int}$", "id=12345678901234567", record.Record{Attributes: attrs{"id": "12345678901234567"}}, ok)
 	f("grok:^%{UUID:id}$", "no", record.Record{}, failed)
+	for _, ip := range []string{"2001:db8::1", "::1", "fe80::1%eth0", "::ffff:10.0.0.1", "1:2:3:4:5:6:7:8", "10.0.0.1"} {
+		f("grok:%{IP:a}", "at 12:00:00 from "+ip+" to a.example.com", record.Record{Attributes: attrs{"a": ip}}, ok)
+	}
+	f("grok:%{IPORHOST:a} %{MONTH:b}", "web-1.example.com Nov", record.Record{Attributes: attrs{"a": "web-1.example.com", "b": "Nov"}}, ok)
 	f("grok:^%{IP:a}|%{IP:a}", "10.0.0.1", record.Record{Attributes: attrs{"a": "10.0.0.1"}}, ok)
 }
 
@@ -103,6 +107,7 @@ func TestCompileRefuses(t *testing.T) {
 	f("grok:%{NUMBER:x:integer}", "write string, int")
 	f("grok:%{NUMBER:x y}", "is no reference")
 	f("grok:%{NUMBER:x}(", "missing closing )")
+	f("regex:(?P<a>"+strings.Repeat("x{1000}", 9)+")", "at most 8192 are taken")
 	f("regex:"+strings.Repeat("x", parse.MaxPattern), "at most 4096")
 }
 
@@ -215,4 +220,28 @@ func FuzzParser(f *testing.F) {
 			t.Fatal(err)
 		}
 	})
+}
+
+func BenchmarkParser(b *testing.B) {
+	for spec, line := range map[string]string{
+		"logfmt":                    plainLines["logfmt"],
+		"grok:%{COMBINEDAPACHELOG}": plainLines["access"] + `"`,
+		`regex:^(?P<source__address>\S+) \S+ \S+ \[(?P<timestamp>[^]]+)\] "(?P<http__request__method>\S+) (?P<url__original>\S+)`: plainLines["access"],
+	} {
+		name, _, _ := strings.Cut(spec, ":")
+		b.Run(name, func(b *testing.B) {
+			p, err := parse.Compile(spec)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(int64(len(line)))
+			b.ReportAllocs()
+			for b.Loop() {
+				r := record.Record{Body: line}
+				if out := p.Parse(&r); out.Failed {
+					b.Fatal("it failed")
+				}
+			}
+		})
+	}
 }

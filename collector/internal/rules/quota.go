@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"slices"
 	"sync"
 
 	"github.com/outrigger-mesh/outrigger/collector/record"
@@ -11,8 +12,8 @@ const (
 	windowSeconds = 10
 	windows       = 360  // of a namespace: an hour
 	days          = 8    // of a namespace
-	maxUsages     = 4096 // namespaces of all quotas; the others share one
-	maxSent       = 4096 // streams of a namespace whose past verdicts are known
+	maxUsages     = 512  // namespaces of all quotas; the others share one
+	maxSent       = 1024 // streams of a namespace whose past verdicts are known
 	maxSpans      = 64   // of a stream
 )
 
@@ -69,6 +70,32 @@ func (s *Set) usage(q *quota, namespace string) *usage {
 		s.usages[key] = u
 	}
 	return u
+}
+
+// Resume takes over what an earlier set of the same output has counted, for
+// quotas that still have their name, so that a new configuration does not begin
+// a namespace's day again. It is called before the first For.
+func (s *Set) Resume(from *Set) {
+	from.mu.Lock()
+	defer from.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for key, u := range from.usages {
+		i := slices.IndexFunc(s.quotas, func(q *quota) bool { return q.name == key.quota })
+		if i < 0 {
+			continue
+		}
+		if s.usages == nil {
+			s.usages = map[usageKey]*usage{}
+		}
+		u.mu.Lock()
+		now := &usage{quota: s.quotas[i], window: u.window, day: u.day, sent: make(map[streamKey]*past, len(u.sent))}
+		for k, p := range u.sent {
+			now.sent[k] = &past{end: p.end, over: slices.Clone(p.over)}
+		}
+		u.mu.Unlock()
+		s.usages[key] = now
+	}
 }
 
 // over counts a record of n bytes and reports whether it is over the quota.

@@ -194,9 +194,6 @@ func wordStart(s string, i int) bool { return i == 0 || classes[s[i-1]]&alnum ==
 // groups of four (of 4, 6 and 5 for 15 digits) with spaces or hyphens between,
 // which begins as cards do and has the check digit of ISO/IEC 7812 (Luhn).
 func card(s string, from int) (start, end int) {
-	if from == 0 && !enoughDigits(s) {
-		return -1, -1
-	}
 	for i := from; i < len(s); {
 		c := s[i]
 		if classes[c]&isDigit == 0 {
@@ -223,15 +220,6 @@ func card(s string, from int) (start, end int) {
 		i = whole
 	}
 	return -1, -1
-}
-
-// enoughDigits reports whether there may be a card in s at all.
-func enoughDigits(s string) bool {
-	n := 0
-	for i := range len(s) {
-		n += int(classes[s[i]] & isDigit)
-	}
-	return n >= 13
 }
 
 // grouped reads a card's number in groups, and returns its end or 0.

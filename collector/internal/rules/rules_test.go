@@ -186,6 +186,22 @@ func TestQuotaOfADay(t *testing.T) {
 	}
 }
 
+// A reload with another limit goes on counting, and repeats old verdicts.
+func TestQuotaResumes(t *testing.T) {
+	old := compile(t, "quotas: [{name: q, bytesPerDay: 150, action: drop}, {name: gone, bytesPerDay: 1, action: warn}]")
+	p := old.For(&record.Resource{Namespace: "shop"})
+	judged(p, "f", 0, at)
+	judged(p, "f", 100, at)
+	s := compile(t, "quotas: [{name: q, bytesPerDay: 350, action: drop}]")
+	s.Resume(old)
+	p = s.For(&record.Resource{Namespace: "shop"})
+	for i, want := range []rules.Cause{rules.Keep, rules.ByQuota, rules.Keep, rules.ByQuota} {
+		if got := judged(p, "f", int64(i)*100, at); got != want {
+			t.Errorf("record %d after the reload: %v; want %v", i, got, want)
+		}
+	}
+}
+
 func TestNoRulesCostNothing(t *testing.T) {
 	p := compile(t, "{}").For(&record.Resource{Namespace: "shop"})
 	r := record.Record{Body: "10.0.0.1 GET /index.html 200"}
@@ -226,5 +242,24 @@ func BenchmarkApply(b *testing.B) {
 				p.Apply(&r)
 			}
 		})
+	})
+}
+
+// Whatever a pod's annotations say: no panic, and what is not understood is said.
+func FuzzAnnotations(f *testing.F) {
+	f.Add("outrigger.dev/logs", "regex:(?P<a>.)", "co.elastic.logs/multiline.pattern", "^x")
+	f.Add("outrigger.dev/sample", "NaN", "outrigger.dev/redact", "all")
+	f.Add("fluentbit.io/parser_stdout-app", "nginx", "vector.dev/exclude-containers", ",")
+	s := compile(f, "{}")
+	f.Fuzz(func(t *testing.T, key1, value1, key2, value2 string) {
+		p := s.For(&record.Resource{Container: "app", Annotations: map[string]string{key1: value1, key2: value2}, Labels: map[string]string{key1: value1}})
+		if p.Multiline() == nil || len(p.Problems()) > 32 {
+			t.Fatalf("multiline %v, %d problems", p.Multiline(), len(p.Problems()))
+		}
+		if strings.HasPrefix(key1, "fluentbit.io/") && p.Off() == "" && len(p.Problems()) == 0 && !strings.HasPrefix(key1, "fluentbit.io/exclude") && !strings.HasPrefix(key1, "fluentbit.io/parser") {
+			t.Fatalf("%q is ignored without a word", key1)
+		}
+		r := record.Record{Time: at, Stream: "stdout", Body: "level=info a@example.com " + value1}
+		p.Apply(&r)
 	})
 }
