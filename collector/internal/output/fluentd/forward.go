@@ -298,13 +298,17 @@ func (f *forward) fly(ctx context.Context, c *conn, batch []*record.Record) erro
 // connect returns a server with a connection: the one whose turn it is, or
 // another if that one cannot be reached.
 func (f *forward) connect(ctx context.Context) (*server, error) {
+	for _, s := range f.servers { // one that is not used any more keeps no connection
+		if s.conn != nil && !s.conn.usable(f.cfg.IdleTimeout) {
+			s.drop()
+		}
+	}
 	var errs []error
 	permanent := true
 	for _, s := range f.order(time.Now()) {
-		if s.conn != nil && s.conn.usable(f.cfg.IdleTimeout) {
+		if s.conn != nil {
 			return s, nil
 		}
-		s.drop()
 		c, err := dial(ctx, f.cfg, s.address)
 		if err == nil {
 			s.conn = c

@@ -23,8 +23,7 @@ const (
 
 // encoder writes records as the JSON documents that Beats send: the names of ECS as
 // nested objects, because pipelines say [kubernetes][pod][name], and @metadata. It
-// allocates nothing for a record without attributes, once the record's resource was
-// seen. It is for one goroutine.
+// allocates nothing once the record's resource was seen. It is for one goroutine.
 type encoder struct {
 	metadata  []byte // `"@metadata":{...}`
 	fragments map[*record.Resource]shared
@@ -65,8 +64,10 @@ func newEncoder(beat, version string) *encoder {
 func (e *encoder) document(b []byte, r *record.Record) ([]byte, error) {
 	b = append(b, '{')
 	b = append(b, e.metadata...)
-	if len(r.Attributes) > 0 {
-		return e.structured(b, r)
+	for name := range r.Attributes {
+		if meets(name) {
+			return e.structured(b, r)
+		}
 	}
 	b = append(b, `,"@timestamp":"`...)
 	b = e.timestamp(b, r.Time)
@@ -93,7 +94,23 @@ func (e *encoder) document(b []byte, r *record.Record) ([]byte, error) {
 		}
 		b = append(trimComma(b), '}')
 	}
-	return append(b, '}'), nil
+	if len(r.Attributes) == 0 {
+		return append(b, '}'), nil
+	}
+	e.list = e.list[:0]
+	e.attributes(r)
+	return e.nest(append(b, ','))
+}
+
+// meets reports whether an attribute belongs into, or instead of, one of the members
+// that the short way writes.
+func meets(name string) bool {
+	part, _, _ := strings.Cut(name, ".")
+	switch part {
+	case "@metadata", "@timestamp", "message", "service", "stream", "trace", "span", "log", "container", "host", "kubernetes", "orchestrator":
+		return true
+	}
+	return false
 }
 
 // appendMember appends a text between before and after, unless it is empty.
@@ -133,25 +150,11 @@ func (e *encoder) fragment(res *record.Resource) shared {
 	return f
 }
 
-// structured goes the long way: attributes can have the names of other fields.
+// structured goes the long way, for attributes with the names of other fields.
 func (e *encoder) structured(b []byte, r *record.Record) ([]byte, error) {
 	resource := e.fragment(r.Resource) // uses the list too
 	e.list = e.list[:0]
-	for name, value := range r.Attributes {
-		if name == "@metadata" { // ours
-			continue
-		}
-		f := field{name: name}
-		switch v := value.(type) {
-		case string:
-			f.text = v
-		case nil:
-			f.other = null{}
-		default:
-			f.other = value
-		}
-		e.list = append(e.list, f)
-	}
+	e.attributes(r)
 	e.list = append(e.list, resource.fields...)
 	e.stamp = e.timestamp(e.stamp[:0], r.Time)
 	e.list = append(e.list, field{name: record.Timestamp, other: &e.stamp, rank: 2}, field{name: record.Message, text: r.Body, rank: 2})
@@ -173,6 +176,24 @@ func (e *encoder) structured(b []byte, r *record.Record) ([]byte, error) {
 		e.list = append(e.list, field{name: record.TruncatedBytes, other: &e.truncated, rank: 2})
 	}
 	return e.nest(append(b, ','))
+}
+
+func (e *encoder) attributes(r *record.Record) {
+	for name, value := range r.Attributes {
+		if name == "@metadata" { // ours
+			continue
+		}
+		f := field{name: name}
+		switch v := value.(type) {
+		case string:
+			f.text = v
+		case nil:
+			f.other = null{}
+		default:
+			f.other = value
+		}
+		e.list = append(e.list, f)
+	}
 }
 
 func (e *encoder) text(name, value string, rank int8) {

@@ -47,7 +47,7 @@ func TestNesting(t *testing.T) {
 	f(map[string]any{"a": []any{}, "b": []any{1.5, "x\n\"\\\x00\xff"}, "c": map[string]any{"d.e": 1e300}}, `{"a":[],"b":[1.5,"x\n\"\\\u0000�"],"c":{"d.e":1e+300}}`)
 }
 
-// The short way of records without attributes says the same as the long one.
+// The short way says the same as the long one.
 func TestShortWay(t *testing.T) {
 	e := newEncoder("b", "v")
 	full := &record.Resource{Namespace: "bank", Service: "x", Pod: "p", PodUID: "u", Cluster: "c", Node: "n", Container: "a", Labels: map[string]string{"app.kubernetes.io/name": "y"}, WorkloadKind: "Deployment", Workload: "x", PodIP: "10.0.0.1", ContainerID: "abc", Image: "i"}
@@ -58,6 +58,7 @@ func TestShortWay(t *testing.T) {
 		{Time: at.Add(time.Second), Resource: &record.Resource{}, Level: "info"},
 		{Resource: full, TruncatedBytes: 1},
 		{Time: at},
+		{Time: at, Resource: full, Level: "info", Attributes: map[string]any{"http.x": 1.0, "http.y.z": nil, "a": "b", "logs": true, "": ".", "a.": 1.5}},
 	} {
 		short, err := e.document(nil, &r)
 		if err != nil {
@@ -112,7 +113,9 @@ func TestEncodingAllocatesNothing(t *testing.T) {
 	e := newEncoder("outrigger", "1")
 	records := batch(100)
 	for i, r := range records {
-		if i%2 == 0 {
+		if i%3 == 0 {
+			r.Attributes = map[string]any{"log.x": "the long way", "n": 1.0}
+		} else if i%2 == 0 {
 			r.Attributes = map[string]any{"http.response.status_code": 402.0, "http.request.method": "POST", "url.path": "/pay", "ok": true, "none": nil}
 		}
 	}

@@ -71,7 +71,7 @@ func (w *grpcWire) export(ctx context.Context, header map[string]string, request
 		return answer, nil
 	}
 	s := status.Convert(err)
-	if s.Code() == codes.Unavailable && w.handshake != nil {
+	if s.Code() == codes.Unavailable && w.handshake != nil && strings.Contains(s.Message(), "handshake failed") {
 		if cause := w.handshake.last.Load(); cause != nil {
 			if _, permanent := tlsfiles.Explain(*cause); permanent {
 				return nil, *cause // gRPC keeps its text alone
@@ -147,8 +147,27 @@ func (h *handshake) ClientHandshake(ctx context.Context, authority string, conn 
 		h.last.Store(&err)
 	} else {
 		h.last.Store(nil)
+		c = listening{c}
 	}
 	return c, info, err
+}
+
+// listening hears what the server said before it hung up (that it does not trust our
+// certificate, which it can say only after the handshake): that tells more than the
+// broken pipe.
+type listening struct{ net.Conn }
+
+// Write returns the server's last word where the connection's Write fails.
+func (c listening) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if err != nil && c.SetReadDeadline(time.Now().Add(200*time.Millisecond)) == nil {
+		if _, said := c.Read(make([]byte, 1)); said != nil {
+			if remedy, _ := tlsfiles.Explain(said); remedy != "" {
+				err = said
+			}
+		}
+	}
+	return n, err
 }
 
 // Clone keeps the place of the error.
