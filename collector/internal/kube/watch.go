@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -184,7 +185,8 @@ func (w *Watch[T]) watch(ctx context.Context, version string) (last string, prog
 	}
 	resp, err := w.Client.do(ctx, Request{Path: w.Path, Query: q}, accept)
 	if err != nil {
-		if Code(err) == http.StatusGone {
+		// Too large is a version of before etcd was restored.
+		if Code(err) == http.StatusGone || Code(err) == http.StatusGatewayTimeout && strings.Contains(err.Error(), "Too large resource version") {
 			err = fmt.Errorf("%w: %w", errGone, err)
 		}
 		return version, false, err
