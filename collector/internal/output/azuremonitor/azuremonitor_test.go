@@ -229,7 +229,7 @@ func TestRows(t *testing.T) {
 func TestSizes(t *testing.T) {
 	f, cfg := newFakeAzure(t)
 	o := newOutput(t, cfg)
-	records := batch(40, "")
+	records := batch(10, "")
 	bodies := []string{strings.Repeat("x", 200_000), strings.Repeat("é", 90_000), strings.Repeat("\x01", record.MaxBody), "short", strings.Repeat("\xff", 100_000)}
 	want := map[string]string{}
 	for i, r := range records {

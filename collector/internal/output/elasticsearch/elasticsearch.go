@@ -35,7 +35,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	es "github.com/elastic/go-elasticsearch/v8"
@@ -68,7 +67,8 @@ type Output struct {
 
 	// askFirst is the size of the smallest request whose connection broke while it
 	// was sent; 0 without one. The server may have refused the size, and closed
-	// before its 413 could be read: such requests wait for "100 Continue".
+	// before its 413 could be read: such requests wait for "100 Continue", until one
+	// is taken.
 	askFirst atomic.Int64
 
 	failureStored atomic.Int64
@@ -149,7 +149,8 @@ func (o *Output) Write(ctx context.Context, batch []*record.Record) output.Resul
 	if err != nil {
 		// The client asks for a header that every Elasticsearch sends.
 		unknown := strings.Contains(err.Error(), "not Elasticsearch")
-		if size > 1<<20 && (errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)) {
+		var dial *net.OpError
+		if size > 1<<20 && ctx.Err() == nil && (!errors.As(err, &dial) || dial.Op != "dial") {
 			if smallest := o.askFirst.Load(); smallest == 0 || size < smallest {
 				o.askFirst.Store(size)
 			}
@@ -160,6 +161,9 @@ func (o *Output) Write(ctx context.Context, batch []*record.Record) output.Resul
 	defer func() { _ = resp.Body.Close() }() // read to its end or given up
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
 		return o.failed(resp)
+	}
+	if smallest := o.askFirst.Load(); smallest > 0 && size >= smallest {
+		o.askFirst.CompareAndSwap(smallest, 0) // it was not the size
 	}
 	all, err := readAll(&e.answer, resp.Body, maxAnswer)
 	if err != nil {
