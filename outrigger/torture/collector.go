@@ -271,6 +271,41 @@ func (c *collector) audit(ctx context.Context) (sum account, err error) {
 	return sum, nil
 }
 
+// unnamedMetric counts records that an OTLP receiver rejected without saying which:
+// no account in bytes can hold them.
+const unnamedMetric = "outrigger_otlp_rejected_records_total"
+
+// unnamed is how many records the collector counts so since it was started.
+func (c *collector) unnamed(ctx context.Context) (n int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.admin+"/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = resp.Body.Close() }() // it was read
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAccount))
+	if err != nil {
+		return 0, fmt.Errorf("the metrics: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if !strings.HasPrefix(line, unnamedMetric) {
+			continue
+		}
+		f := strings.Fields(line)
+		v, err := strconv.ParseFloat(f[len(f)-1], 64)
+		if err != nil {
+			return 0, fmt.Errorf("the metrics: %w", err)
+		}
+		n += int(v)
+	}
+	return n, nil
+}
+
 // ready waits until it serves its admin endpoint, or for others a moment.
 func (c *collector) ready(ctx context.Context) error {
 	if c.admin == "" {

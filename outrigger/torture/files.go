@@ -141,8 +141,9 @@ func (c *container) raw(stream string, wrap func(head []byte) []byte) error {
 }
 
 // interleaved writes a line of each stream in parts that take turns. Before the
-// part with the number rotateAt the file is rotated; 0 is never.
-func (c *container) interleaved(filling, parts, rotateAt int) error {
+// part with the number rotateAt the file is rotated; 0 is never. Between any two
+// parts between is called, if there is one.
+func (c *container) interleaved(filling, parts, rotateAt int, between func(part int) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ho, _ := c.next(c.streams["stdout"], filling, plain)
@@ -151,6 +152,11 @@ func (c *container) interleaved(filling, parts, rotateAt int) error {
 	for i := range out {
 		if rotateAt > 0 && i == rotateAt {
 			if err := c.rotateLocked(); err != nil {
+				return err
+			}
+		}
+		if i > 0 && between != nil {
+			if err := between(i); err != nil {
 				return err
 			}
 		}

@@ -154,7 +154,7 @@ func TestRemovalLeavesNothing(t *testing.T) {
 
 func TestPartsAreOneLine(t *testing.T) {
 	c := testContainer(t)
-	if err := c.interleaved(200, 4, 2); err != nil {
+	if err := c.interleaved(200, 4, 2, nil); err != nil {
 		t.Fatal(err)
 	}
 	var joined [2]string

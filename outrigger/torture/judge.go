@@ -1,6 +1,7 @@
 package torture
 
 import (
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -19,6 +20,7 @@ type judge struct {
 	cutBytes   int64
 	alien      int     // without a head
 	latencies  []int32 // milliseconds, of first arrivals
+	damage     []string
 }
 
 // arrivals are the lines of one source that came.
@@ -28,6 +30,9 @@ type arrivals struct {
 }
 
 func newJudge() *judge { return &judge{seen: map[uint32]*arrivals{}} }
+
+// maxSamples bounds what is told of each kind of damage.
+const maxSamples = 5
 
 // maxNumber bounds the bitmap of a source, whatever a line claims.
 const maxNumber = 1 << 26
@@ -54,6 +59,9 @@ func (j *judge) arrive(text []byte, at time.Time) {
 		j.cutBytes += int64(h.filling - len(rest))
 	case !whole:
 		j.corrupted++ // and it is missing, unless it comes once more
+		if len(j.damage) < maxSamples {
+			j.damage = append(j.damage, h.compare(rest))
+		}
 		return
 	}
 	a := j.seen[h.source]
@@ -119,13 +127,13 @@ type verdict struct {
 	P99 float64 `json:"p99"`
 	Max float64 `json:"max"`
 
-	// Samples of what is lost, for people.
+	// Samples of what is lost or corrupted, for people.
 	Samples []string `json:"samples,omitempty"`
 }
 
-// judge compares what was written with what came. dropped is the bytes that the
-// collector says it gave up.
-func (j *judge) verdict(sources []*source, dropped int64, absences []absence) verdict {
+// verdict compares what was written with what came. dropped is the bytes that the
+// collector says it gave up, unnamed the records of which it knows but their number.
+func (j *judge) verdict(sources []*source, dropped int64, unnamed int, absences []absence) verdict {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	v := verdict{
@@ -150,14 +158,18 @@ func (j *judge) verdict(sources []*source, dropped int64, absences []absence) ve
 			case w.bytes <= budget:
 				budget -= w.bytes
 				v.Explained++
+			case unnamed > 0:
+				unnamed--
+				v.Explained++
 			default:
 				v.Lost++
-				if len(v.Samples) < 5 {
-					v.Samples = append(v.Samples, w.describe(s, n))
+				if len(v.Samples) < maxSamples {
+					v.Samples = append(v.Samples, "lost "+w.describe(s, n))
 				}
 			}
 		}
 	}
+	v.Samples = append(v.Samples, j.damage...)
 	v.Unequal = int(max(budget, 0))
 	slices.Sort(j.latencies)
 	at := func(q float64) float64 {
@@ -190,4 +202,14 @@ func (w written) describe(s *source, n int) string {
 		text += ", its file was deleted at " + w.generation.deleted.UTC().Format("15:04:05.000")
 	}
 	return text
+}
+
+// compare says how the rest differs from the filling, for people.
+func (h head) compare(rest []byte) string {
+	want := appendFilling(nil, h.number, h.filling)
+	at := 0
+	for at < min(len(rest), len(want)) && rest[at] == want[at] {
+		at++
+	}
+	return fmt.Sprintf("corrupted source %d number %d: %d bytes came of %d, they differ from byte %d on: %q", h.source, h.number, len(rest), len(want), at, rest[at:min(at+60, len(rest))])
 }

@@ -58,7 +58,7 @@ func TestTheJudgeCatches(t *testing.T) {
 			for _, text := range c.tamper(texts) {
 				j.arrive(text, at)
 			}
-			got := j.verdict([]*source{s}, c.dropped, nil)
+			got := j.verdict([]*source{s}, c.dropped, 0, nil)
 			got.Samples, got.P50, got.P99, got.Max = nil, 0, 0, 0
 			c.want.Written = 10
 			if diff := cmp.Diff(c.want, got); diff != "" {
@@ -83,9 +83,18 @@ func TestWhatNobodyCouldHaveIsKubelets(t *testing.T) {
 		}
 		s.lines = append(s.lines, written{at: second(w.at).UnixNano(), bytes: 10, generation: g})
 	}
-	v := newJudge().verdict([]*source{s}, 0, []absence{{second(1), second(2)}, {second(10), second(20)}})
+	v := newJudge().verdict([]*source{s}, 0, 0, []absence{{second(1), second(2)}, {second(10), second(20)}})
 	if v.Kubelet != 1 || v.Lost != 3 {
 		t.Errorf("%d are kubelet's and %d lost", v.Kubelet, v.Lost)
+	}
+}
+
+func TestWhatAReceiverDidNotNameIsExplainedByNumber(t *testing.T) {
+	s, texts := wrote(1, 5, 10, plain)
+	j := newJudge()
+	j.arrive(texts[0], time.Time{})
+	if v := j.verdict([]*source{s}, 0, 3, nil); v.Explained != 3 || v.Lost != 1 {
+		t.Errorf("%+v", v)
 	}
 }
 
@@ -94,11 +103,11 @@ func TestASecretThatArrivesIsLeaked(t *testing.T) {
 	s.lines[1].secret = true
 	j := newJudge()
 	j.arrive(texts[0], time.Time{})
-	if v := j.verdict([]*source{s}, 0, nil); v.Leaked != 0 || v.Lost != 0 || v.Written != 1 {
+	if v := j.verdict([]*source{s}, 0, 0, nil); v.Leaked != 0 || v.Lost != 0 || v.Written != 1 {
 		t.Errorf("before: %+v", v)
 	}
 	j.arrive(texts[1], time.Time{})
-	if v := j.verdict([]*source{s}, 0, nil); v.Leaked != 1 {
+	if v := j.verdict([]*source{s}, 0, 0, nil); v.Leaked != 1 {
 		t.Errorf("after: %+v", v)
 	}
 }

@@ -47,7 +47,7 @@ func Table(out io.Writer, results []Result) error {
 		fmt.Fprintf(&b, "%-18s %-13s %8d %8d %5d %9d %8d %6d %8d %7d %5d %7.0f %7.0f  %s%s\n",
 			r.Scenario, r.Output, r.Written, r.Arrived, r.Lost, r.Explained, r.Kubelet, r.Duplicated, r.Disordered, r.Corrupted, r.Cut, r.P50, r.P99, r.causes(), failed)
 		for _, s := range r.Samples {
-			fmt.Fprintf(&below, "%s at %s: lost %s\n", r.Scenario, r.Output, s)
+			fmt.Fprintf(&below, "%s at %s: %s\n", r.Scenario, r.Output, s)
 		}
 		for _, s := range r.Problems {
 			fmt.Fprintf(&below, "%s at %s: %s\n", r.Scenario, r.Output, s)
@@ -76,6 +76,9 @@ func (r Result) causes() string {
 	}
 	if r.Unequal > 0 && len(out) > 0 {
 		out = append(out, fmt.Sprintf("(%d B more than is missing)", r.Unequal))
+	}
+	if r.Unnamed > 0 {
+		out = append(out, fmt.Sprintf("%d rejected unnamed", r.Unnamed))
 	}
 	if r.Pending != 0 {
 		out = append(out, fmt.Sprintf("pending %d B", r.Pending))

@@ -51,7 +51,7 @@ func scenarios() []scenario {
 		{"swallow", "the backend stores and hangs up instead of answering", faulty(fault{mode: swallow}, 800*time.Millisecond)},
 		{"restarts", "the backend goes away and comes again, five times", restarts},
 		{"clock-step", "the runtime's clock jumps an hour back and a day ahead", clockStep},
-		{"partials", "lines of both streams in parts that take turns, across rotation", partials},
+		{"partials", "lines of both streams in parts that take turns, across rotation and SIGKILL", partials},
 		{"long-lines", "lines of 1 MB and 100 MB (quick: 24 MB), whole and in parts", longLines},
 		{"idle-files", "5,000 idle files beside a busy one", idleFiles},
 		{"malformed", "no CRI line, NULs, invalid UTF-8, empty lines", malformed},
@@ -478,20 +478,30 @@ func partials(ctx context.Context, w *world) error {
 	for i := range w.lines(120) {
 		c := cs[i%len(cs)]
 		at := 0
-		if i%20 == 19 {
+		var between func(int) error
+		switch i % 20 {
+		case 9: // killed with half a line read, or not
+			killAt := 1 + w.rand.IntN(4)
+			between = func(part int) error {
+				if part != killAt {
+					return nil
+				}
+				if err := pause(ctx, time.Duration(w.seed(300))*time.Millisecond); err != nil {
+					return err
+				}
+				w.collector.kill()
+				return w.collector.start()
+			}
+			fallthrough
+		case 19:
 			at = 1 + w.rand.IntN(4)
+		default:
 		}
-		if err := c.interleaved(100+w.rand.IntN(3000), 5, at); err != nil {
+		if err := c.interleaved(100+w.rand.IntN(3000), 5, at, between); err != nil {
 			return err
 		}
 		if at > 0 {
 			if err := pause(ctx, 300*time.Millisecond); err != nil {
-				return err
-			}
-		}
-		if i == w.lines(60) { // in the middle of everything
-			w.collector.kill()
-			if err := w.collector.start(); err != nil {
 				return err
 			}
 		}

@@ -62,9 +62,12 @@ type Result struct {
 	Audit    map[string]int64 `json:"audit,omitempty"` // bytes, by cause
 	Pending  int64            `json:"pending"`         // bytes that the audit calls not settled at the end
 	AuditOff int64            `json:"auditOff"`        // bytes by which the audit does not close
-	Skipped  string           `json:"skipped,omitempty"`
-	Problems []string         `json:"problems,omitempty"` // why it failed, beside the figures
-	Seed     uint64           `json:"seed"`
+	// Unnamed is how many records the collector counts as rejected by a receiver that
+	// did not say which.
+	Unnamed  int      `json:"unnamed"`
+	Skipped  string   `json:"skipped,omitempty"`
+	Problems []string `json:"problems,omitempty"` // why it failed, beside the figures
+	Seed     uint64   `json:"seed"`
 }
 
 // Failed says whether a line was lost that nothing explains, or something else
@@ -231,7 +234,7 @@ func one(ctx context.Context, o Options, dir string, s scenario, output string) 
 	for _, n := range r.Audit {
 		dropped += n
 	}
-	r.verdict = w.judge.verdict(w.sources, dropped, absences)
+	r.verdict = w.judge.verdict(w.sources, dropped, r.Unnamed, absences)
 	r.Seconds = time.Since(started).Round(100 * time.Millisecond).Seconds()
 	return r, nil
 }
@@ -273,6 +276,10 @@ func (w *world) settleAudit(ctx context.Context, r *Result) {
 		switch {
 		case err == nil:
 			r.Audit, r.Pending, r.AuditOff = a.Dropped, a.Pending, a.off()
+			if r.Unnamed, err = w.collector.unnamed(ctx); err != nil {
+				r.Problems = append(r.Problems, err.Error())
+				return
+			}
 			if a.Pending == 0 && a.off() == 0 || time.Now().After(deadline) {
 				return
 			}

@@ -93,7 +93,7 @@ func (w *world) write(cs []*container, n int) error {
 		case 0:
 			err = c.line(stream, filling, 2+w.rand.IntN(4), plain)
 		case 1:
-			err = c.interleaved(filling, 3, 0)
+			err = c.interleaved(filling, 3, 0, nil)
 		case 2:
 			err = c.torn(stream, filling, func() { time.Sleep(time.Millisecond) })
 		default:
