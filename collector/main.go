@@ -28,6 +28,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/admin"
 	"github.com/outrigger-mesh/outrigger/collector/internal/config"
+	"github.com/outrigger-mesh/outrigger/collector/internal/cost"
 	"github.com/outrigger-mesh/outrigger/collector/internal/hostmetrics"
 	"github.com/outrigger-mesh/outrigger/collector/internal/kube"
 	"github.com/outrigger-mesh/outrigger/collector/internal/metadata"
@@ -80,12 +81,14 @@ func load(path string) (*config.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--config: %w", err)
 	}
-	c, err := config.Parse(b, os.Getenv)
+	c, err := parseConfig(b)
 	if err != nil {
 		return nil, fmt.Errorf("--config %s:\n%w", path, err)
 	}
 	return c, nil
 }
+
+func parseConfig(b []byte) (*config.Config, error) { return config.Parse(b, os.Getenv) }
 
 // execute runs the program until ctx ends.
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
@@ -106,7 +109,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	log := s.Log("collector", stderr).With(record.HostName, node)
-	p, err := assemble(ctx, c, node, log, nil)
+	p, err := assemble(ctx, c, node, log, nil, nil)
 	if err != nil {
 		return errors.Join(err, p.close())
 	}
@@ -142,6 +145,8 @@ type parts struct {
 	metrics   *exposition.Exposition
 	pipelines []*pipeline.Pipeline
 	metadata  *metadata.Store
+	rules     map[string]*rules.Set // by output
+	cost      *cost.Meter
 	scraper   *scrape.Scraper
 	sinks     []*influxdb.Sink
 	// closers in the order in which they were made.
@@ -150,12 +155,12 @@ type parts struct {
 
 // assemble makes all parts and binds all ports, so that whatever can fail fails
 // before the first line is read. Where it fails, the parts have what is to be
-// closed.
-func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger, extra []prometheus.Collector) (*parts, error) {
+// closed. The rules of before hand on what their quotas have counted.
+func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger, extra []prometheus.Collector, before map[string]*rules.Set) (*parts, error) {
 	for _, name := range c.Unused() {
 		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
 	}
-	p := &parts{log: log}
+	p := &parts{log: log, rules: map[string]*rules.Set{}, cost: cost.New(time.Now())}
 	var err error
 	if p.admin, err = p.bind(program.ListenLoopback(ctx, "admin:", c.Admin)); err != nil {
 		return p, err
@@ -173,7 +178,7 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 	}
 	var search http.Handler
 	if c.Logs != nil {
-		if search, err = p.logs(c, node, registry); err != nil {
+		if search, err = p.logs(c, node, registry, before); err != nil {
 			return p, err
 		}
 	}
@@ -187,13 +192,14 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 		Ready: func() error { return ready(c) },
 		Audit: func() any { return p.audit() },
 		Why:   func() any { return p.why() },
+		Cost:  func() any { return p.cost.Report(time.Now().UTC()) },
 	})
 	return p, nil
 }
 
 // logs makes a pipeline for each output and returns the store's search, if
 // there is a store.
-func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (search http.Handler, err error) {
+func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer, before map[string]*rules.Set) (search http.Handler, err error) {
 	metrics, err := pipeline.NewMetrics(reg)
 	if err != nil {
 		return nil, err
@@ -214,9 +220,17 @@ func (p *parts) logs(c *config.Config, node string, reg prometheus.Registerer) (
 		if err != nil {
 			return nil, fmt.Errorf("logs: %w", err)
 		}
+		if old := before[name]; old != nil {
+			set.Resume(old) // what the quotas have counted
+		}
+		p.rules[name] = set
+		var meter pipeline.Meter
+		if len(p.pipelines) == 0 { // every output sees every record; one count is enough
+			meter = p.cost
+		}
 		p.closers = append(p.closers, out.Close)
 		pl, err := pipeline.New(pipeline.Config{
-			Name: name, Tail: p.following(c, node, name), DataDir: c.DataDir, Rules: set,
+			Name: name, Tail: p.following(c, node, name), DataDir: c.DataDir, Rules: set, Meter: meter,
 			MaxRecords: c.Logs.Batch.MaxRecords, MaxBytes: c.Logs.Batch.MaxBytes, Linger: c.Logs.Batch.Linger, InFlight: c.Logs.InFlight,
 		}, out, p.log, metrics, tailMetrics)
 		if err != nil {

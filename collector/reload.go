@@ -84,9 +84,10 @@ func runAndReload(ctx context.Context, s settings, c *config.Config, p *parts, n
 		if err != nil || ctx.Err() != nil || next == nil {
 			return err
 		}
+		quotas := p.rules
 		nodeNext, err := nodeName(next)
 		if err == nil {
-			p, err = assemble(ctx, next, nodeNext, log, []prometheus.Collector{r.total, r.failed})
+			p, err = assemble(ctx, next, nodeNext, log, []prometheus.Collector{r.total, r.failed}, quotas)
 		}
 		if err == nil {
 			c, node = next, nodeNext
@@ -99,7 +100,7 @@ func runAndReload(ctx context.Context, s settings, c *config.Config, p *parts, n
 				return err
 			}
 		}
-		if p, err = assemble(ctx, c, node, log, []prometheus.Collector{r.total, r.failed}); err != nil {
+		if p, err = assemble(ctx, c, node, log, []prometheus.Collector{r.total, r.failed}, quotas); err != nil {
 			return errors.Join(fmt.Errorf("neither the changed configuration nor the one of before can be used: %w", err), p.close())
 		}
 	}
@@ -124,7 +125,7 @@ func watch(ctx context.Context, s settings, text *[]byte, r *reloads, log *slog.
 			continue // it is being replaced, or nothing changed
 		}
 		*text = now
-		next, err := config.Parse(now, os.Getenv)
+		next, err := parseConfig(now)
 		if err != nil {
 			r.note(log, s.config, err)
 			continue

@@ -27,21 +27,21 @@ type Options struct {
 	Gatherer prometheus.Gatherer
 	// Ready says why the collector does not work; nil when it does.
 	Ready func() error
-	// Audit and Why are rendered as JSON.
-	Audit, Why func() any
+	// Audit, Why and Cost are rendered as JSON.
+	Audit, Why, Cost func() any
 	// Store serves all else under /api/v1/; nil where there is no store. It
 	// bounds its own answers in time, since some are streams.
 	Store http.Handler
 }
 
-// Handler serves /healthz, /ready, /metrics, /api/v1/audit, /api/v1/why and the store.
+// Handler serves /healthz, /ready, /metrics, /api/v1/audit, /api/v1/why, /api/v1/cost and the store.
 func Handler(o Options) http.Handler {
 	own := http.NewServeMux()
 	program.Operate(own, o.Ready, o.Gatherer, o.Log)
 	bounded := http.TimeoutHandler(own, writeTimeout, "timed out\n")
 	mux := http.NewServeMux()
 	mux.Handle("/", bounded)
-	for path, show := range map[string]func() any{"GET /api/v1/audit": o.Audit, "GET /api/v1/why": o.Why} {
+	for path, show := range map[string]func() any{"GET /api/v1/audit": o.Audit, "GET /api/v1/why": o.Why, "GET /api/v1/cost": o.Cost} {
 		mux.Handle(path, bounded)
 		own.HandleFunc(path, func(w http.ResponseWriter, _ *http.Request) {
 			b, err := json.MarshalIndent(show(), "", "  ")

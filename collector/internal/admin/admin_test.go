@@ -35,7 +35,7 @@ func TestServe(t *testing.T) {
 			Log: log, Gatherer: reg, Store: store,
 			Ready: func() error { return notReady },
 			Audit: func() any { return map[string]int{"pending": 3} },
-			Why:   func() any { return nil },
+			Why:   func() any { return nil }, Cost: func() any { return nil },
 		})
 		go func() { done <- program.Serve(ctx, l, h, log) }()
 		return "http://" + l.Addr().String(), func() {

@@ -11,7 +11,7 @@ import (
 
 // Meter adds up what records cost (package cost). It is safe for concurrent use.
 type Meter interface {
-	Add(r *record.Record, bytes int64, dropped bool)
+	Add(res *record.Resource, r *record.Record, bytes int, dropped bool)
 }
 
 // batch is what an output gets at once.
@@ -90,7 +90,7 @@ func (p *Pipeline) take(e tail.Entry) bool {
 		p.metrics.redacted.WithLabelValues(p.cfg.Name).Add(float64(v.Redacted))
 	}
 	if p.cfg.Meter != nil {
-		p.cfg.Meter.Add(e.Record, n, v.Cause != rules.Keep)
+		p.cfg.Meter.Add(e.Record.Resource, e.Record, int(n), v.Cause != rules.Keep)
 	}
 	s := &p.reading
 	if v.Cause == rules.Keep && v.Rule != "" { // a quota that only warns

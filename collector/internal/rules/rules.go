@@ -203,7 +203,10 @@ func (p *Program) Apply(r *record.Record) Verdict {
 	} else if p.stderr != nil && r.Stream == "stderr" {
 		parser = p.stderr
 	}
-	out := parser.Parse(r)
+	var out parse.Outcome
+	if r.Attributes == nil { // else it came with fields of its own, and is parsed
+		out = parser.Parse(r)
+	}
 	v := Verdict{ParseFailed: out.Failed, FieldsLeft: out.Left}
 	if !p.plain {
 		p.judge(r, &v, bytes)
