@@ -147,6 +147,8 @@ type parts struct {
 	metadata  *metadata.Store
 	rules     map[string]*rules.Set // by output
 	cost      *cost.Meter
+	api       *kube.Client // nil without one
+	runners   []func(context.Context) error
 	scraper   *scrape.Scraper
 	sinks     []*influxdb.Sink
 	// closers in the order in which they were made.
@@ -179,6 +181,9 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 	var search http.Handler
 	if c.Logs != nil {
 		if search, err = p.logs(c, node, registry, before); err != nil {
+			return p, err
+		}
+		if err := p.inputs(ctx, c, node); err != nil {
 			return p, err
 		}
 	}
@@ -298,6 +303,7 @@ func (p *parts) kubernetes(c *config.Config, node string) error {
 		if m.API, err = client("server", cfg); err != nil {
 			return err
 		}
+		p.api = m.API
 	}
 	if k.Kubelet != "" {
 		cfg := kube.Config{Server: k.Kubelet, CAFile: k.KubeletCAFile, Insecure: k.KubeletInsecure, TokenFile: cmp.Or(k.TokenFile, inside.TokenFile)}
@@ -327,6 +333,7 @@ func (p *parts) following(c *config.Config, node, output string) tail.Config {
 			Patterns: f.Paths, Format: tail.Format(cmp.Or(f.Format, "text")), Resource: record.Resource{Service: service},
 		})
 	}
+	t.Files = append(t.Files, journals(c)...)
 	return t
 }
 
@@ -429,6 +436,9 @@ func (p *parts) run(ctx context.Context) error {
 			results <- err
 			return err
 		})
+	}
+	for _, run := range p.runners {
+		add(run)
 	}
 	if p.metadata != nil {
 		add(p.metadata.Run)

@@ -230,3 +230,54 @@ func TestReload(t *testing.T) {
 	l.eventually(all, func(b string) bool { return lines(b) == 4 && strings.Contains(b, `"host.name":"n2"`) })
 	stop()
 }
+
+// What is pushed as OTLP is answered when it is on the disk, and found like any
+// log; the account closes for it too, and a restart neither loses nor repeats it.
+func TestPushedLogs(t *testing.T) {
+	l := newLaptop(t)
+	text, err := os.ReadFile(l.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	otlp := freePort(t)
+	config := strings.Replace(string(text), "outputs: [local],", "outputs: [local], inputs: {otlp: {address: \""+otlp+"\"}}, rules: [{name: noise, match: {body: noise}, drop: true}],", 1)
+	if err := os.WriteFile(l.config, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	push := func(body string) {
+		t.Helper()
+		at := time.Now().UnixNano()
+		request := fmt.Sprintf(`{"resourceLogs":[{"resource":{"attributes":[{"key":"service.name","value":{"stringValue":"cart"}}]},
+ "scopeLogs":[{"logRecords":[{"timeUnixNano":"%d","severityNumber":13,"body":{"stringValue":%q},"attributes":[{"key":"order.id","value":{"intValue":"7"}}]}]}]}]}`, at, body)
+		r, err := http.Post("http://"+otlp+"/v1/logs", "application/json", strings.NewReader(request))
+		if err != nil {
+			t.Fatal(err)
+		}
+		answer, err := io.ReadAll(r.Body)
+		if err := errors.Join(err, r.Body.Close()); err != nil || r.StatusCode != http.StatusOK {
+			t.Fatalf("%d %s %v", r.StatusCode, answer, err)
+		}
+	}
+	const all = "/api/v1/logs?since=24h&query=service.name:cart"
+	stop := l.start()
+	push("card declined")
+	push("noise")
+	l.eventually(all, func(b string) bool {
+		return lines(b) == 1 && strings.Contains(b, `"order.id":7`) && strings.Contains(b, `"log.level":"warn"`)
+	})
+	l.eventually("/api/v1/audit", func(b string) bool {
+		var a struct{ Outputs []pipeline.Audit }
+		if err := json.Unmarshal([]byte(b), &a); err != nil {
+			t.Fatal(err)
+		}
+		o := a.Outputs[0].Total
+		return o.Pending == 0 && o.Records == 1 && o.DroppedRecords["rule"] == 1 && o.Written == o.Acknowledged+o.Dropped["rule"]
+	})
+	l.eventually("/api/v1/why", func(b string) bool { return strings.Contains(b, `"rule": "noise"`) && strings.Contains(b, `"noise"`) })
+	l.eventually("/api/v1/cost", func(b string) bool { return strings.Contains(b, `"workload": "cart"`) })
+	stop()
+	stop = l.start()
+	push("again")
+	l.eventually(all, func(b string) bool { return lines(b) == 2 })
+	stop()
+}

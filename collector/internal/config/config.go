@@ -12,6 +12,10 @@
 //	  spoolBytes: 1073741824          # unread bytes of deleted files that are kept
 //	  files:                          # single files beside the containers' logs
 //	  - {name: nginx, paths: [/var/log/nginx/*.log], service: nginx, format: text}
+//	  inputs:                         # what is pushed; each becomes a file below dataDir first
+//	    otlp: {address: 127.0.0.1:4318}      # OTLP over HTTP and gRPC, on one port
+//	    events: {}                           # Kubernetes Events, by one collector of the cluster
+//	    journald: {units: [kubelet.service]} # of the node, by journalctl
 //	  rules: [{name: no-health, match: {body: /healthz}, drop: true}]  # see docs/rules.md
 //	  quotas: [{name: all, bytesPerSecond: 1048576, action: warn}]
 //	  outputs: [local, es]            # names from outputs below; each gets every line
@@ -98,11 +102,43 @@ type Logs struct {
 	Spool         string   `yaml:"spool"`
 	SpoolBytes    int64    `yaml:"spoolBytes"`
 	Files         []Files  `yaml:"files"`
+	Inputs        Inputs   `yaml:"inputs"`
 	Outputs       []string `yaml:"outputs"`
 	Batch         Batch    `yaml:"batch"`
 	InFlight      int      `yaml:"inFlight"`
 	// Rules and quotas, as package rules describes them.
 	rules.Config `yaml:",inline"`
+}
+
+// Inputs are what is pushed to the collector. Nil ones are off.
+type Inputs struct {
+	OTLP *struct {
+		// Address to listen on. Whoever reaches it can write logs: there is no TLS and no
+		// authentication.
+		Address string `yaml:"address"`
+	} `yaml:"otlp"`
+	Events *struct {
+		// Namespace of the Lease that one collector of the cluster holds. Default $POD_NAMESPACE.
+		Namespace string `yaml:"namespace"`
+	} `yaml:"events"`
+	Journald *struct {
+		Binary    string        `yaml:"binary"`    // default journalctl
+		Directory string        `yaml:"directory"` // of the journal's files; default the system's
+		Namespace string        `yaml:"namespace"`
+		Units     []string      `yaml:"units"` // default all
+		Since     time.Duration `yaml:"since"` // how far back the first start goes; default 1h
+	} `yaml:"journald"`
+}
+
+// Names of the inputs that are on.
+func (i Inputs) Names() (names []string) {
+	v := reflect.ValueOf(i)
+	for f, value := range v.Fields() {
+		if !value.IsNil() {
+			names = append(names, f.Tag.Get("yaml"))
+		}
+	}
+	return names
 }
 
 // Kubernetes says whom to ask what is known of pods.
@@ -369,6 +405,14 @@ func (l *Logs) validate(bad func(format string, args ...any)) {
 		}
 	}
 	folder("logs.spool", l.Spool)
+	if o := l.Inputs.OTLP; o != nil {
+		if _, _, err := net.SplitHostPort(o.Address); err != nil {
+			bad("logs.inputs.otlp.address: %q is not host:port; write for example 127.0.0.1:4318", o.Address)
+		}
+	}
+	if j := l.Inputs.Journald; j != nil {
+		folder("logs.inputs.journald.directory", j.Directory)
+	}
 	if rel, err := filepath.Rel(l.Folder, l.Spool); l.Spool != "" && err == nil && rel != ".." && !strings.HasPrefix(rel, "../") {
 		bad("logs.spool: %q lies in logs.folder, so that what is kept would be read as logs; write a folder beside it", l.Spool)
 	}

@@ -334,6 +334,19 @@ func (p *Pipeline) InUse(uid string) bool {
 	return ok
 }
 
+// PendingIn is how many bytes of files below the folder are not settled.
+func (p *Pipeline) PendingIn(folder string) int64 {
+	p.book.mu.Lock()
+	defer p.book.mu.Unlock()
+	var n int64
+	for _, s := range p.book.l.Files() {
+		if strings.HasPrefix(s.Path, folder+string(filepath.Separator)) {
+			n += s.Pending
+		}
+	}
+	return n
+}
+
 // Why returns what was dropped and rejected since the start, by owner and cause, with samples.
 func (p *Pipeline) Why() []Reason { return p.why.list(p.cfg.Name) }
 

@@ -101,8 +101,8 @@ func New(cfg Config) (*Receiver, error) {
 	}
 	r := &Receiver{
 		cfg: cfg, turns: make(chan struct{}, cfg.Concurrency),
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_otlp_requests_total", Help: "OTLP requests by protocol (http, grpc) and the HTTP status of the answer; gRPC's codes are given as the status that means the same."}, []string{"protocol", "code"}),
-		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "outrigger_otlp_rejected_records_total", Help: "Records in accepted requests that cannot be represented; their senders were told in partial_success."}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_otlp_input_requests_total", Help: "OTLP requests by protocol (http, grpc) and the HTTP status of the answer; gRPC's codes are given as the status that means the same."}, []string{"protocol", "code"}),
+		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "outrigger_otlp_input_rejected_records_total", Help: "Records in accepted requests that cannot be represented; their senders were told in partial_success."}),
 	}
 	if cfg.Registerer != nil {
 		if err := errors.Join(cfg.Registerer.Register(r.requests), cfg.Registerer.Register(r.rejected)); err != nil {
