@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -194,10 +195,11 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 	}
 	p.window = admin.Handler(admin.Options{
 		Log: log, Gatherer: registry, Store: search,
-		Ready: func() error { return ready(c) },
-		Audit: func() any { return p.audit() },
-		Why:   func() any { return p.why() },
-		Cost:  func() any { return p.cost.Report(time.Now().UTC()) },
+		Ready:  func() error { return ready(c) },
+		Audit:  func() any { return p.audit() },
+		Why:    func() any { return p.why() },
+		Replay: p.replay,
+		Cost:   func() any { return p.cost.Report(time.Now().UTC()) },
 	})
 	return p, nil
 }
@@ -477,6 +479,18 @@ func (p *parts) audit() any {
 		out.Outputs = append(out.Outputs, pl.Audit())
 	}
 	return out
+}
+
+// replay is what POST /api/v1/replay does.
+func (p *parts) replay(output string) (int64, error) {
+	var names []string
+	for _, pl := range p.pipelines {
+		if pl.Name() == output {
+			return pl.Replay()
+		}
+		names = append(names, pl.Name())
+	}
+	return 0, fmt.Errorf("there is no output %q for logs; there are %s", output, strings.Join(names, ", "))
 }
 
 // why is the answer of /api/v1/why.

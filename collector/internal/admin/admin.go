@@ -29,6 +29,8 @@ type Options struct {
 	Ready func() error
 	// Audit, Why and Cost are rendered as JSON.
 	Audit, Why, Cost func() any
+	// Replay sends the dead letters of an output again and returns their bytes.
+	Replay func(output string) (bytes int64, err error)
 	// Store serves all else under /api/v1/; nil where there is no store. It
 	// bounds its own answers in time, since some are streams.
 	Store http.Handler
@@ -53,6 +55,20 @@ func Handler(o Options) http.Handler {
 			program.Answer(w, o.Log, http.StatusOK, string(b)+"\n")
 		})
 	}
+	mux.Handle("POST /api/v1/replay", bounded)
+	own.HandleFunc("POST /api/v1/replay", func(w http.ResponseWriter, r *http.Request) {
+		// A page in a browser on this machine could send a form here, but not this type.
+		if r.Header.Get("Content-Type") != "application/json" {
+			http.Error(w, "send Content-Type: application/json", http.StatusUnsupportedMediaType)
+			return
+		}
+		n, err := o.Replay(r.URL.Query().Get("output"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		program.Answer(w, o.Log, http.StatusOK, fmt.Sprintf("{\"bytes\": %d}\n", n))
+	})
 	if o.Store != nil {
 		mux.Handle("/api/v1/", o.Store)
 	} else {

@@ -377,5 +377,13 @@ func (s *sums) totals(pending int64) Totals {
 	return t
 }
 
+// WrittenOf is how many bytes of the generation were seen.
+func (l *Ledger) WrittenOf(file string) int64 {
+	if a := l.files[file]; a != nil {
+		return a.written
+	}
+	return 0
+}
+
 // Settled reports whether nothing of the generation is pending.
 func (l *Ledger) Settled(file string) bool { return l.Pending(file) == 0 }

@@ -198,6 +198,14 @@ func (b *book) saved(number uint64) {
 	b.onDisk = max(b.onDisk, number)
 }
 
+// read reports whether all size bytes of a file are known and settled on the disk.
+func (b *book) read(file string, size int64) bool {
+	b.mu.Lock()
+	written := b.l.WrittenOf(file)
+	b.mu.Unlock()
+	return written >= size && b.Settled(file)
+}
+
 func (b *book) total() ledger.Totals {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -195,6 +196,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	p.reading.programs = map[*record.Resource]*rules.Program{}
 	tc := p.cfg.Tail
 	tc.Policy = p.policy
+	tc.Files = append(slices.Clone(tc.Files), p.replayed())
 	f := tail.New(tc, p.book, p.log, p.tailM)
 
 	var work sync.WaitGroup
@@ -328,6 +330,9 @@ func (p *Pipeline) Audit() Audit {
 	}
 }
 
+// Name of the output.
+func (p *Pipeline) Name() string { return p.cfg.Name }
+
 // InUse reports whether the account of a file of the pod with this UID is open.
 func (p *Pipeline) InUse(uid string) bool {
 	_, ok := p.book.Find(func(_, path string) bool { return strings.Contains(path, "_"+uid+"/") })
@@ -408,6 +413,9 @@ func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
 		begun := time.Now()
 		if err := p.save(); err != nil {
 			p.tellSave(err)
+		}
+		if err := p.clearReplayed(); err != nil {
+			p.log.Warn("a file of replayed dead letters cannot be deleted", "error.message", err.Error())
 		}
 		timer.Reset(max(p.cfg.CheckpointEvery, 10*time.Since(begun)))
 	}

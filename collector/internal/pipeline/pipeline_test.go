@@ -183,7 +183,7 @@ func (r *rig) deadLetters() map[string]string {
 		if err := json.Unmarshal(lines.Bytes(), &d); err != nil {
 			r.t.Fatalf("dead letter %q: %v", lines.Text(), err)
 		}
-		out[d.Record["message"].(string)] = d.Reason
+		out[d.Record["body"].(string)] = d.Reason
 	}
 	return out
 }
@@ -652,3 +652,60 @@ func (discard) Kind() string                                              { retu
 func (discard) Traits() output.Traits                                     { return output.Traits{} }
 func (discard) Close() error                                              { return nil }
 func (discard) Write(context.Context, []*record.Record) (r output.Result) { return r }
+
+// Dead letters are sent again when somebody says so: with the fields and the origin
+// that they had, in the account of a file of their own, which goes when it is settled.
+// What is rejected again is a dead letter again.
+func TestReplay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.write(cart, 0, 4)
+		refuse := map[string]bool{"line 1": true, "line 2": true}
+		origins := map[string][]record.Origin{}
+		b := &backend{}
+		b.answer = func(batch []*record.Record) (res output.Result) {
+			for i, rec := range batch {
+				origins[rec.Body] = append(origins[rec.Body], rec.Origin)
+				if refuse[rec.Body] {
+					res.Rejected = append(res.Rejected, output.Rejection{Index: i, Reason: "no such field"})
+				}
+				if rec.Resource.Pod == "" || rec.Stream != "stdout" {
+					t.Errorf("%q came without its pod or stream: %+v", rec.Body, rec)
+				}
+			}
+			return res
+		}
+		p := r.open(b)
+		stop := r.run(p)
+		time.Sleep(10 * time.Second)
+		if got := r.deadLetters(); len(got) != 2 {
+			t.Fatalf("dead letters %v", got)
+		}
+		delete(refuse, "line 1")
+		if n, err := p.Replay(); err != nil || n == 0 {
+			t.Fatalf("Replay = %d, %v", n, err)
+		}
+		time.Sleep(20 * time.Second)
+		stop()
+		if d := cmp.Diff(map[string]string{"line 2": "no such field"}, r.deadLetters()); d != "" {
+			t.Errorf("dead letters after the replay (-want +got):\n%s", d)
+		}
+		if b.got["line 1"] != 1 || b.got["line 2"] != 0 {
+			t.Errorf("the backend has %v", b.got)
+		}
+		for _, line := range []string{"line 1", "line 2"} {
+			if o := origins[line]; len(o) != 2 || o[0] != o[1] {
+				t.Errorf("%s has the origins %+v", line, o)
+			}
+		}
+		if left, err := filepath.Glob(filepath.Join(r.cfg.DataDir, "out.replay", "*")); err != nil || len(left) != 0 {
+			t.Errorf("replayed files stay: %v, %v", left, err)
+		}
+		if a := p.Audit().Total; a.Pending != 0 || a.Written != a.Acknowledged+a.Dropped["rejected"] {
+			t.Errorf("account %+v", a)
+		}
+		if n, err := r.open(b).Replay(); err != nil || n == 0 {
+			t.Errorf("Replay of one letter = %d, %v", n, err)
+		}
+	})
+}

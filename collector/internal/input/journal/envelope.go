@@ -327,3 +327,7 @@ func (d *Decoder) resource(text json.RawMessage) (*record.Resource, error) {
 	d.shared[string(text)] = r
 	return r, nil
 }
+
+// Encode returns the record as one line with its end, as a Writer writes it. It may
+// be called by several goroutines.
+func Encode(r *record.Record) []byte { return new(encoder).append(nil, r) }
