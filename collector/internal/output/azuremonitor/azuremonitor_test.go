@@ -463,6 +463,18 @@ func TestConfig(t *testing.T) {
 	f(func(c *Config) { c.Timeout = 1 }, "timeout")
 }
 
+func TestWithEnvironment(t *testing.T) {
+	env := func(name string) string { return "env " + name }
+	got := Config{TenantID: "own"}.WithEnvironment(env)
+	want := Config{TenantID: "own", ClientID: "env AZURE_CLIENT_ID", TokenFile: "env AZURE_FEDERATED_TOKEN_FILE", AuthorityHost: "env AZURE_AUTHORITY_HOST"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	if got := (Config{ClientSecretFile: "/s"}).WithEnvironment(env); got.TokenFile != "" {
+		t.Errorf("%+v; want the secret that is configured", got)
+	}
+}
+
 // A plain row costs no allocation once its container and file are known.
 func TestRowsDoNotAllocate(t *testing.T) {
 	w := newRows()

@@ -57,6 +57,23 @@ type Config struct {
 	SharedKeyFile string `yaml:"sharedKeyFile"`
 }
 
+// WithEnvironment fills what is empty from what Azure's workload identity webhook
+// puts into a pod's environment, which only main reads: call it before Validate.
+func (c Config) WithEnvironment(getenv func(string) string) Config {
+	fill := func(field *string, name string) {
+		if *field == "" {
+			*field = getenv(name)
+		}
+	}
+	fill(&c.TenantID, "AZURE_TENANT_ID")
+	fill(&c.ClientID, "AZURE_CLIENT_ID")
+	fill(&c.AuthorityHost, "AZURE_AUTHORITY_HOST")
+	if c.ClientSecretFile == "" {
+		fill(&c.TokenFile, "AZURE_FEDERATED_TOKEN_FILE")
+	}
+	return c
+}
+
 func (c Config) withDefaults() Config {
 	def := func(field *string, value string) {
 		if *field == "" {

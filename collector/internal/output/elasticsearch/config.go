@@ -66,7 +66,9 @@ type Config struct {
 	// Setup makes an index template for the data streams logs-outrigger*, with its
 	// component template, or brings an older one up to date: auto (default) tries
 	// and goes on without, required ships nothing until they are there, off does
-	// not try. Nothing that others made is touched.
+	// not try. Nothing that others made is touched. It needs Elasticsearch 8.7 and
+	// the privileges manage_index_templates and, to see how labels are mapped,
+	// view_index_metadata.
 	Setup string `yaml:"setup"`
 	// Retention of these data streams in Elasticsearch's units, such as 30d. None by
 	// default: then logs@lifecycle decides, where the cluster has it.

@@ -12,10 +12,11 @@
 // time is an acknowledgement. That holds within one backing index; a data stream
 // that rolls over between the two attempts stores both.
 //
-// A document is record.Fields as JSON, with three differences, each there because
-// the document would be refused otherwise: names that clash are moved (see
-// names.go), attributes over Config.MaxFields are one text in outrigger.extra, and
-// where the mapping has kubernetes.labels as a flattened field the labels are one
+// A document is record.Fields as JSON, with differences that are there because the
+// document would be refused otherwise: names that clash are moved (see names.go),
+// lists of values of several kinds are lists of text, objects nested too deep are
+// text, attributes over Config.MaxFields are one text in outrigger.extra, and where
+// the mapping has kubernetes.labels as a flattened field the labels are one
 // object under their own keys ("app.kubernetes.io/name"), so that a label can
 // neither clash with another nor use up the index's limit of fields. Elsewhere
 // they are fields with underscores (kubernetes.labels.app_kubernetes_io_name).

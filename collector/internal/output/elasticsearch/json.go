@@ -80,27 +80,19 @@ func appendObject(b []byte, m map[string]any, level int) ([]byte, error) {
 	return append(b, '}'), nil
 }
 
-// appendList writes the objects of a list as text where it holds other things
-// too: no mapping takes both.
+// appendList writes all of a list as text where it holds values of several kinds:
+// no mapping that a list makes takes them.
 func appendList(b []byte, list []any, level int) ([]byte, error) {
-	objects, others := 0, 0
-	for _, v := range list {
-		switch v.(type) {
-		case nil:
-		case map[string]any:
-			objects++
-		default:
-			others++
-		}
-	}
+	kinds := kindsOf(list)
+	mixed := kinds&(kinds-1) != 0
 	b = append(b, '[')
 	for i, v := range list {
 		if i > 0 {
 			b = append(b, ',')
 		}
 		var err error
-		if m, ok := v.(map[string]any); ok && objects > 0 && others > 0 {
-			b, err = appendAsText(b, m)
+		if _, text := v.(string); mixed && v != nil && !text {
+			b, err = appendAsText(b, v)
 		} else {
 			b, err = appendValue(b, v, level)
 		}
@@ -111,11 +103,33 @@ func appendList(b []byte, list []any, level int) ([]byte, error) {
 	return append(b, ']'), nil
 }
 
-// appendAsText appends an object as a string that holds its JSON.
-func appendAsText(b []byte, m map[string]any) ([]byte, error) {
-	text, err := json.Marshal(m)
-	if err != nil {
-		return b, fmt.Errorf("an object: %w", err)
+// kindsOf returns a bit for each kind of value in a list, and in the lists in it.
+func kindsOf(list []any) (kinds uint8) {
+	for _, v := range list {
+		switch v := v.(type) {
+		case nil:
+		case string:
+			kinds |= 1
+		case bool:
+			kinds |= 2
+		case map[string]any:
+			kinds |= 4
+		case []any:
+			kinds |= kindsOf(v)
+		default: // numbers
+			kinds |= 8
+		}
+	}
+	return kinds
+}
+
+// appendAsText appends a value as a string that holds its JSON.
+func appendAsText(b []byte, v any) ([]byte, error) {
+	text, err := json.Marshal(v)
+	if err != nil { // a NaN somewhere in it, or a type that JSON does not have
+		if text, err = appendValue(nil, v, 0); err != nil {
+			return b, err
+		}
 	}
 	return jsontext.AppendString(b, string(text)), nil
 }

@@ -237,6 +237,24 @@ func TestRealSetupWithoutRights(t *testing.T) {
 	}
 }
 
+// No document is refused for its names.
+func TestRealNames(t *testing.T) {
+	p := newPeer(t, false)
+	if p == nil {
+		return
+	}
+	no := false
+	for i, c := range awkward {
+		r := p.records(1)
+		r[0].Resource = &record.Resource{Node: "n1", Pod: "p", WorkloadKind: "CronJob", Workload: "w", Labels: map[string]string{"app": "x", "app.kubernetes.io/name": "y", "": "z"}}
+		r[0].Attributes = c.attributes
+		o := p.output(Config{DataStream: &no, Index: fmt.Sprintf("names-%s-%d", p.run, i)})
+		if got := o.Write(t.Context(), r); got.Err != nil || len(got.Retry)+len(got.Rejected) > 0 {
+			t.Errorf("%s: %+v", c.name, got)
+		}
+	}
+}
+
 // Ten thousand records, several requests at a time, each as record.Fields says.
 func TestRealEveryRecord(t *testing.T) {
 	p := newPeer(t, false)
@@ -270,6 +288,16 @@ func TestRealEveryRecord(t *testing.T) {
 		<-done
 	}
 	index := "/logs-outrigger-" + p.run
+	// The server's answers are in the form that is read without decoding.
+	resp, err := http.DefaultClient.Post(p.base+"/_bulk?filter_path="+filterPath, "application/x-ndjson", strings.NewReader(`{"create":{"_index":"plain-`+p.run+`"}}`+"\n{}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(resp.Body)
+	_ = resp.Body.Close() // read to its end
+	if err != nil || !allStored(answer, 1) {
+		t.Errorf("%s, %v; want the form that allStored knows", answer, err)
+	}
 	p.must(http.MethodPost, index+"/_refresh", "")
 	after := ""
 	seen := 0
