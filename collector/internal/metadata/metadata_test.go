@@ -598,6 +598,58 @@ func TestService(t *testing.T) {
 	}
 }
 
+// Beside a watch the kubelet's word is provisional: what only it knows goes once its
+// logs are through, and what the watch saw the end of stays ended.
+func TestKubeletBesideWatch(t *testing.T) {
+	inUse := true
+	store := newStore(t, Config{InUse: func(string) bool { return inUse }})
+	p := plain("1", "a", map[string]string{"l": "a"})
+	from := path("shop", "a", "uid-1", "app")
+	known := func() bool { r, _ := store.Resource(from); return r != from }
+	sweep := func() { store.sweep(time.Now().Add(24 * time.Hour)) }
+	for name, c := range map[string]struct {
+		do   func()
+		kept bool
+	}{
+		"kubelet": {func() { store.put(trim(decodePod(t, &p)), byKubelet) }, false},
+		"confirmed": {func() {
+			store.put(trim(decodePod(t, &p)), byKubelet)
+			store.put(trim(decodePod(t, &p)), 1)
+		}, true},
+		"ended": {func() {
+			store.put(trim(decodePod(t, &p)), 1)
+			store.leave("uid-1")
+			store.put(trim(decodePod(t, &p)), byKubelet)
+		}, false},
+		"not in the list": {func() {
+			store.put(trim(decodePod(t, &p)), store.begin())
+			store.end(store.begin())
+		}, false},
+		"in the list again": {func() {
+			store.put(trim(decodePod(t, &p)), store.begin())
+			store.end(store.begin())
+			round := store.begin()
+			store.put(trim(decodePod(t, &p)), round)
+			store.end(round)
+		}, true},
+	} {
+		store.mu.Lock()
+		for _, e := range store.pods {
+			store.remove(e)
+		}
+		store.mu.Unlock()
+		inUse = true
+		c.do()
+		if sweep(); !known() {
+			t.Errorf("%s: forgotten while in use", name)
+		}
+		inUse = false
+		if sweep(); known() != c.kept {
+			t.Errorf("%s: known is %v", name, !c.kept)
+		}
+	}
+}
+
 // A pod that has ended loses its address and the id of its container in the API.
 func TestMerge(t *testing.T) {
 	store := newStore(t, Config{})
