@@ -258,7 +258,14 @@ func (p *parts) output(name string, o config.Output, log *slog.Logger) (out outp
 		}
 		return storeoutput.New(s), s.Handler(), nil
 	case o.Elasticsearch != nil:
-		out, err = elasticsearch.New(*o.Elasticsearch, log)
+		e, err := elasticsearch.New(*o.Elasticsearch, log)
+		if err != nil {
+			return nil, nil, err
+		}
+		return e, nil, p.registry.Register(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "outrigger_elasticsearch_failure_store_total", ConstLabels: prometheus.Labels{"output": name},
+			Help: "Records that Elasticsearch put into the failure store of their data stream, because they do not fit its mapping. They count as acknowledged.",
+		}, func() float64 { return float64(e.FailureStored()) }))
 	case o.Fluentd != nil:
 		out, err = fluentd.New(*o.Fluentd, log)
 	case o.AzureMonitor != nil:

@@ -139,3 +139,43 @@ func TestLogsWhy(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
+
+func TestLogsCost(t *testing.T) {
+	collector := func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/api/v1/cost" {
+			t.Errorf("asked %s", r.URL)
+		}
+		fmt.Fprint(w, `{"since":"2026-11-23T03:00:00Z","until":"2026-11-23T04:00:00Z","lines":30,"bytes":3145728,"rows":[
+ {"namespace":"shop","workload":"cart","lines":20,"bytes":2097152,"fields":40,"droppedLines":1,"droppedBytes":100,"share":0.6667,
+  "templates":[{"pattern":"GET /cart/<*> 200","example":"GET /cart/7 200","match":"x","lines":18,"bytes":2000000,"share":0.9,"wouldSaveBytesPerDay":48000000}]},
+ {"namespace":"web","workload":"front","lines":10,"bytes":1048576,"share":0.3333}]}`)
+	}
+	out, _, err := asked(t, collector, "", "logs", "cost", "-n", "shop")
+	want := `30 lines, 3.0 MiB in 1h0m0s
+  WORKLOAD    SHARE  LINES    BYTES  FIELDS         DROPPED
+  shop/cart  66.7 %     20  2.0 MiB      40  1 lines, 100 B
+
+shop/cart is mostly
+  90.0 %  GET /cart/<*> 200
+          dropping it would save 45.8 MiB a day; for example: GET /cart/7 200
+`
+	if err != nil || out != want {
+		t.Errorf("%v, got\n%swant\n%s", err, out, want)
+	}
+}
+
+func TestLogsReplay(t *testing.T) {
+	left := 2048
+	collector := func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodPost || r.URL.String() != "/api/v1/replay?output=es" || r.Header.Get("Content-Type") != "application/json" {
+			t.Errorf("asked %s %s with %v", r.Method, r.URL, r.Header)
+		}
+		fmt.Fprintf(w, `{"bytes": %d}`, left)
+		left = 0
+	}
+	for _, want := range []string{"2.0 KiB of dead letters are on their way", "has no dead letters"} {
+		if out, _, err := asked(t, collector, "", "logs", "replay", "es"); err != nil || !strings.Contains(out, want) {
+			t.Errorf("%v\n%s", err, out)
+		}
+	}
+}

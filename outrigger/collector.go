@@ -19,11 +19,21 @@ const maxLine = 16 << 20
 
 // get asks the collector. Its refusals are plain text and are passed on.
 func (c *cli) get(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
+	return c.ask(ctx, http.MethodGet, path, query)
+}
+
+// post tells it to do something.
+func (c *cli) post(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
+	return c.ask(ctx, http.MethodPost, path, query)
+}
+
+func (c *cli) ask(ctx context.Context, method, path string, query url.Values) (io.ReadCloser, error) {
 	u := url.URL{Scheme: "http", Host: c.collector, Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("--collector %q is not host:port: %w", c.collector, err)
 	}
+	req.Header.Set("Content-Type", "application/json")
 	resp, err := c.http.Do(req)
 	if err != nil {
 		if errors.Is(err, syscall.ECONNREFUSED) {

@@ -13,7 +13,7 @@ import (
 
 func (c *cli) logs() *cobra.Command {
 	logs := &cobra.Command{Use: "logs", Short: "Search, follow and audit the logs of the mesh"}
-	logs.AddCommand(c.search(), c.tail(), c.audit(), c.logsWhy())
+	logs.AddCommand(c.search(), c.tail(), c.audit(), c.logsWhy(), c.logsCost(), c.logsReplay())
 	return logs
 }
 

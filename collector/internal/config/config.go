@@ -16,7 +16,7 @@
 //	    otlp: {address: 127.0.0.1:4318}      # OTLP over HTTP and gRPC, on one port
 //	    events: {}                           # Kubernetes Events, by one collector of the cluster
 //	    journald: {units: [kubelet.service]} # of the node, by journalctl
-//	  rules: [{name: no-health, match: {body: /healthz}, drop: true}]  # see docs/rules.md
+//	  rules: [{name: no-health, match: {body: /healthz}, drop: true}]  # see docs/logs.md
 //	  quotas: [{name: all, bytesPerSecond: 1048576, action: warn}]
 //	  outputs: [local, es]            # names from outputs below; each gets every line
 //	  batch: {maxRecords: 2000, maxBytes: 1048576, linger: 200ms}
@@ -217,12 +217,7 @@ func Parse(b []byte, getenv func(string) string) (*Config, error) {
 	c.setDefaults()
 	for _, o := range c.Outputs {
 		if a := o.AzureMonitor; a != nil {
-			def(&a.TenantID, getenv("AZURE_TENANT_ID"))
-			def(&a.ClientID, getenv("AZURE_CLIENT_ID"))
-			def(&a.AuthorityHost, getenv("AZURE_AUTHORITY_HOST"))
-			if a.ClientSecretFile == "" {
-				def(&a.TokenFile, getenv("AZURE_FEDERATED_TOKEN_FILE"))
-			}
+			*a = a.WithEnvironment(getenv)
 		}
 	}
 	if err := c.validate(); err != nil {
