@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -84,8 +83,9 @@ func (p *parts) inputs(ctx context.Context, c *config.Config, node string) error
 		if err != nil {
 			return err
 		}
+		namespace, pod := podName()
 		input, err := events.New(events.Config{
-			API: p.api, Namespace: cmp.Or(e.Namespace, os.Getenv("POD_NAMESPACE")), Identity: cmp.Or(os.Getenv("POD_NAME"), node),
+			API: p.api, Namespace: cmp.Or(e.Namespace, namespace), Identity: cmp.Or(pod, node),
 			Cluster: c.Cluster, Journal: w, Log: p.log, Registerer: reg,
 		})
 		if err != nil {

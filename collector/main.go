@@ -135,6 +135,9 @@ func nodeName(c *config.Config) (string, error) {
 	return n, nil
 }
 
+// podName is the downward API's name of the pod that this runs in, if it is one.
+func podName() (namespace, pod string) { return os.Getenv("POD_NAMESPACE"), os.Getenv("POD_NAME") }
+
 // parts is the collector put together. Parts that the configuration does not
 // ask for are nil.
 type parts struct {

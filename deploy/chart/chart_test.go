@@ -72,7 +72,13 @@ collector:
   podLabels: {team: mesh}
   podAnnotations: {a: b}
   secrets: [{name: es, mountPath: /etc/outrigger/es}]
-  logs: {outputs: [local, es], batch: {maxRecords: 500, linger: 1s}, inFlight: 1024}
+  logs:
+    outputs: [local, es]
+    batch: {maxRecords: 500, linger: 1s}
+    inFlight: 1024
+    inputs: {events: {}, otlp: {address: ":4318"}}
+    rules: [{name: health, match: {body: healthz}, drop: true}]
+    quotas: [{name: all, bytesPerSecond: 1048576, action: warn}]
   metrics: {outputs: [ix], scrape: [{job: sidecars, address: "127.0.0.1:15020", path: /metrics, interval: 15s}]}
   outputs:
     es: {elasticsearch: {addresses: [https://es:9200], apiKeyFile: /etc/outrigger/es/key}}

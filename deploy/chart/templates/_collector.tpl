@@ -12,6 +12,7 @@
 {{- with $v.logs.linkedFolders }}{{ $_ := set $logs "linkedFolders" . }}{{ end }}
 {{- if $v.logs.spool }}{{ $_ := set $logs "spool" (print (dir $v.logs.folder) "/outrigger") }}{{ end }}
 {{- with $v.logs.spoolBytes }}{{ $_ := set $logs "spoolBytes" (int64 .) }}{{ end }}
+{{- with $v.logs.inputs }}{{ $_ := set $logs "inputs" . }}{{ end }}
 {{- with $v.logs.rules }}{{ $_ := set $logs "rules" . }}{{ end }}
 {{- with $v.logs.quotas }}{{ $_ := set $logs "quotas" . }}{{ end }}
 {{- with $v.logs.batch }}{{ $_ := set $logs "batch" . }}{{ end }}
