@@ -48,6 +48,9 @@ func (b *book) Open(file, path, owner string) ledger.Position {
 func (b *book) Written(file string, size int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.l.WrittenOf(file) >= size {
+		return // nothing new: no reason to write a checkpoint
+	}
 	b.dirty = true
 	b.l.Written(file, size)
 }

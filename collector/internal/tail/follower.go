@@ -194,6 +194,7 @@ type Follower struct {
 	linked  bool           // one could be made
 	missed  bool           // a full sweep found what no hint told of
 	buf     []byte
+	headBuf [firstLine]byte
 	slab    slab
 	emit    func(Entry) bool
 }
@@ -211,7 +212,7 @@ type containerLog struct {
 	known    uint64        // generation of the metadata that resource is from
 	gens     []*generation // oldest first
 	joiner   cri.Joiner
-	held     [cri.Stderr + 1]held
+	held     [cri.Stderr + 1]*held // nil until the stream has had a line
 	budget   int // bytes left of its turn
 	queued   bool
 	waiting  bool // has to be looked at again when time has passed
@@ -309,6 +310,11 @@ func (f *Follower) prepare(l *containerLog) bool {
 	if r != l.resource || !l.complete {
 		l.resource = r
 		l.policy = f.cfg.Policy(r)
+		for s, h := range l.held {
+			if !h.open() {
+				l.held[s] = nil // the policy may have another grouper
+			}
+		}
 	}
 	l.complete, l.known = true, generation
 	return true

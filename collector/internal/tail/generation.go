@@ -167,9 +167,8 @@ func (g *generation) readAt(b []byte, offset int64) (int, error) {
 	return g.file.ReadAt(b, offset)
 }
 
-// head reads the first n bytes of the file.
-func (g *generation) head(n int) ([]byte, error) {
-	b := make([]byte, n)
+// head reads the first bytes of the file into b.
+func (g *generation) head(b []byte) ([]byte, error) {
 	m, err := g.readAt(b, 0)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
@@ -178,8 +177,8 @@ func (g *generation) head(n int) ([]byte, error) {
 }
 
 // same reports whether the file still begins with the line that it had.
-func (g *generation) same() (bool, error) {
-	b, err := g.head(g.first)
+func (f *Follower) same(g *generation) (bool, error) {
+	b, err := g.head(f.headBuf[:g.first])
 	if err != nil {
 		return false, err
 	}
@@ -192,7 +191,7 @@ func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 	if g.id != "" {
 		return nil
 	}
-	b, err := g.head(firstLine)
+	b, err := g.head(f.headBuf[:])
 	if err != nil {
 		return err
 	}

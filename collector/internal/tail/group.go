@@ -17,7 +17,7 @@ type held struct {
 	since   time.Time // of its last line
 }
 
-func (h *held) open() bool { return len(h.joined.Spans) > 0 }
+func (h *held) open() bool { return h != nil && len(h.joined.Spans) > 0 }
 
 // group takes one logical line. text is its text as a string that may be kept,
 // empty where there is none.
@@ -25,9 +25,10 @@ func (f *Follower) group(l *containerLog, j cri.Joined, text string) (credit boo
 	if l.policy.Grouper == nil {
 		return f.send(l, j, own(j.Text, text))
 	}
-	h := &l.held[j.Stream]
-	if h.grouper == nil {
-		h.grouper = l.policy.Grouper()
+	h := l.held[j.Stream]
+	if h == nil {
+		h = &held{grouper: l.policy.Grouper()}
+		l.held[j.Stream] = h
 	}
 	joins, open := h.grouper.Line(j.Text)
 	credit = true
@@ -80,7 +81,7 @@ func (h *held) add(j cri.Joined, now time.Time) {
 
 // flush lets the record of a stream go that waits for more.
 func (f *Follower) flush(l *containerLog, s cri.Stream) (credit bool) {
-	h := &l.held[s]
+	h := l.held[s]
 	j, text := h.joined, string(h.text)
 	*h = held{grouper: h.grouper}
 	return f.send(l, j, text)
@@ -90,7 +91,7 @@ func (f *Follower) flush(l *containerLog, s cri.Stream) (credit bool) {
 func (f *Follower) letGo(l *containerLog) (credit bool) {
 	credit = true
 	for s := range l.held {
-		h := &l.held[s]
+		h := l.held[s]
 		if !h.open() {
 			continue
 		}

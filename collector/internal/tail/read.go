@@ -321,7 +321,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 	}
 	same := size >= g.offset
 	if same && size > g.offset {
-		if same, err = g.same(); err != nil {
+		if same, err = f.same(g); err != nil {
 			f.failed("read", g.path, err)
 			return false
 		}
