@@ -21,6 +21,9 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 			f.failed("list", pattern, err)
 			return false
 		}
+		if visit != nil {
+			visit(filepath.Dir(pattern)) // so that a new file there is told of
+		}
 		for _, path := range paths {
 			if f.isFile(path) {
 				lives[path] = true
@@ -71,6 +74,30 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 				complete = false
 			}
 			f.missing(l, n)
+		}
+	}
+	return complete
+}
+
+// isContainer reports whether a folder lies where kubelet has those of containers.
+func (f *Follower) isContainer(folder string) bool {
+	if f.cfg.Folder == "" {
+		return false
+	}
+	rel, err := filepath.Rel(f.cfg.Folder, folder)
+	return err == nil && !strings.HasPrefix(rel, "..") && strings.Count(rel, string(filepath.Separator)) == 1
+}
+
+// sweepFolder brings those single files up to date that are in a folder.
+func (f *Follower) sweepFolder(folder string, visit func(string)) (complete bool) {
+	complete = true
+	for i := range f.cfg.Files {
+		in := &f.cfg.Files[i]
+		if slices.ContainsFunc(in.Patterns, func(p string) bool {
+			here, err := filepath.Match(filepath.Dir(p), folder)
+			return err == nil && here
+		}) && !f.sweepFiles(in, visit, map[string]bool{}) {
+			complete = false
 		}
 	}
 	return complete

@@ -486,8 +486,8 @@ var logName = regexp.MustCompile(`^(\d+)\.log(\.\d{8}-\d{6})?(\.gz|\.tmp)?$`)
 // sweepContainer brings the generations of a container's logs up to date. It
 // reports whether it saw everything.
 func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
-	if ls := f.folders[folder]; len(ls) > 0 && ls[0].input != nil {
-		return f.sweepFiles(ls[0].input, visit, map[string]bool{})
+	if !f.isContainer(folder) {
+		return f.sweepFolder(folder, visit)
 	}
 	if visit != nil {
 		visit(folder)

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -225,6 +226,13 @@ func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 	}
 	at := f.book.Open(g.id, g.path, l.owner)
 	g.offset, g.done = at.Offset, at.Above
+	// It may have been taken for deleted, and read to its end, and be back.
+	f.leaving = slices.DeleteFunc(f.leaving, func(x leaving) bool {
+		if x.id == g.id && g.link == "" {
+			g.link = x.link
+		}
+		return x.id == g.id
+	})
 	f.keep(l, g)
 	return nil
 }

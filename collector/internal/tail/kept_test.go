@@ -402,3 +402,41 @@ func BenchmarkRead(b *testing.B) {
 		}
 	}
 }
+
+// A file that was taken for deleted comes back: its account goes on.
+func TestBackAgain(t *testing.T) {
+	n := spooled(t)
+	n.write(cart, "F 1")
+	n.settle(n.read(1)...)
+	n.must(os.Rename(n.path(cart), n.path("aside")))
+	n.f.Sweep(true, nil, nil)
+	n.now = n.now.Add(10 * time.Second)
+	for range 3 { // deleted, as it seems, and read to its end; not settled in a checkpoint yet
+		n.f.Sweep(true, nil, nil)
+		n.f.Read(func(tail.Entry) bool { return true })
+	}
+	n.must(os.MkdirAll(filepath.Dir(n.path(cart)), 0o750))
+	n.must(os.Rename(n.path("aside"), n.path(cart)))
+	n.write(cart, "F 2")
+	n.want("2")
+	n.closed(nil)
+	n.restart()
+	n.want()
+	n.closed(nil)
+}
+
+// A hint about a folder of single files is no hint about a container.
+func TestHintOfAFolderOfFiles(t *testing.T) {
+	n := start(t)
+	n.stop()
+	dir := t.TempDir()
+	n.config.Files = []tail.Files{{Patterns: []string{filepath.Join(dir, "0.log")}, Resource: record.Resource{Service: "x"}, Format: tail.Text}}
+	n.follow()
+	n.must(os.WriteFile(filepath.Join(dir, "0.log"), []byte("one\n"), 0o600))
+	n.f.Sweep(false, []string{dir}, nil)
+	var got []string
+	n.f.Read(func(e tail.Entry) bool { got = append(got, e.Record.Body+" of "+e.Record.Resource.Service); return true })
+	if len(got) != 1 || got[0] != "one of x" {
+		t.Errorf("got %q", got)
+	}
+}
