@@ -236,7 +236,9 @@ func TestStatusIsWrittenOnce(t *testing.T) {
 		}
 		conflicts := map[string]int{}
 		for _, e := range events.Items {
-			conflicts[e.InvolvedObject.Name+" "+e.Type+" "+e.Reason]++
+			if e.InvolvedObject.Kind != "Service" { // the API server speaks of addresses that it repairs
+				conflicts[e.InvolvedObject.Name+" "+e.Type+" "+e.Reason]++
+			}
 		}
 		return cmp.Diff(map[string]int{"younger Warning Conflicted": 1, "youngest Warning Conflicted": 1}, conflicts)
 	})
