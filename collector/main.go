@@ -35,6 +35,7 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/internal/metadata"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/azuremonitor"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/discard"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
@@ -275,6 +276,8 @@ func (p *parts) output(name string, o config.Output, log *slog.Logger) (out outp
 		out, err = azuremonitor.New(*o.AzureMonitor, log)
 	case o.Logstash != nil:
 		out, err = logstash.New(*o.Logstash, log)
+	case o.Discard != nil:
+		out = discard.Output{}
 	case o.OTLP != nil:
 		var m *otlp.Metrics
 		if m, err = otlp.NewMetrics(prometheus.WrapRegistererWith(prometheus.Labels{"output": name}, p.registry)); err == nil {

@@ -88,7 +88,7 @@ type contestant struct {
 func (p plan) contestants(ctx context.Context, dir string) (out []contestant, notes []string) {
 	ours := []string{p.collector, "--config"}
 	for _, c := range []struct{ to, output string }{
-		{"null", "null: {}"},
+		{"null", "discard: {}"},
 		{"bulk", `elasticsearch: {addresses: ["http://%s"]}`},
 		{"forward", `fluentd: {address: "%s"}`},
 		{"otlp", `otlp: {endpoint: "http://%s"}`},

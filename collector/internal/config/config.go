@@ -59,6 +59,7 @@ import (
 	"go.yaml.in/yaml/v2"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/azuremonitor"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/discard"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/elasticsearch"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/fluentd"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/influxdb"
@@ -190,6 +191,7 @@ type Output struct {
 	InfluxDB      *influxdb.Config      `yaml:"influxdb"`
 	Logstash      *logstash.Config      `yaml:"logstash"`
 	OTLP          *otlp.Config          `yaml:"otlp"`
+	Discard       *discard.Config       `yaml:"discard"`
 	AzureMonitor  *azuremonitor.Config  `yaml:"azuremonitor"`
 }
 
@@ -458,6 +460,7 @@ func (o Output) validate() error {
 	add("logstash", o.Logstash != nil, func() error { return o.Logstash.Validate() })
 	add("otlp", o.OTLP != nil, func() error { return o.OTLP.Validate() })
 	add("azuremonitor", o.AzureMonitor != nil, func() error { return o.AzureMonitor.Validate() })
+	add("discard", o.Discard != nil, func() error { return nil })
 	if len(has) != 1 {
 		return fmt.Errorf("it has the kinds %s; write exactly one of %s", list(has), list(kinds()))
 	}

@@ -213,7 +213,7 @@ type containerLog struct {
 	gens     []*generation // oldest first
 	joiner   cri.Joiner
 	held     [cri.Stderr + 1]*held // nil until the stream has had a line
-	budget   int // bytes left of its turn
+	budget   int                   // bytes left of its turn
 	queued   bool
 	waiting  bool // has to be looked at again when time has passed
 	relist   bool // so has its folder: a file of it has no name

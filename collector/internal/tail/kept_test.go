@@ -435,7 +435,10 @@ func TestHintOfAFolderOfFiles(t *testing.T) {
 	n.must(os.WriteFile(filepath.Join(dir, "0.log"), []byte("one\n"), 0o600))
 	n.f.Sweep(false, []string{dir}, nil)
 	var got []string
-	n.f.Read(func(e tail.Entry) bool { got = append(got, e.Record.Body+" of "+e.Record.Resource.Service); return true })
+	n.f.Read(func(e tail.Entry) bool {
+		got = append(got, e.Record.Body+" of "+e.Record.Resource.Service)
+		return true
+	})
 	if len(got) != 1 || got[0] != "one of x" {
 		t.Errorf("got %q", got)
 	}
