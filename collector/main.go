@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -109,6 +110,10 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	node, err := nodeName(c)
 	if err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		// A node has little memory to spare for its collector, which makes little garbage.
+		debug.SetGCPercent(50)
 	}
 	log := s.Log("collector", stderr).With(record.HostName, node)
 	p, err := assemble(ctx, c, node, log, nil, nil)
