@@ -151,6 +151,30 @@ func (r *Record) Fields() map[string]any {
 	return f
 }
 
+// Owns reports whether the record itself has a value for a field, which goes before
+// an attribute of that name, as in Fields. What a Resource has is not looked at.
+func (r *Record) Owns(name string) bool {
+	switch name {
+	case Timestamp, Message:
+		return true
+	case LogLevel:
+		return r.Level != ""
+	case TraceID:
+		return r.TraceID != ""
+	case SpanID:
+		return r.SpanID != ""
+	case StreamName:
+		return r.Stream != ""
+	case ServiceName:
+		return r.Service != ""
+	case FilePath, FileOffset:
+		return r.Origin.Path != ""
+	case TruncatedBytes:
+		return r.TruncatedBytes > 0
+	}
+	return false
+}
+
 // fields adds the fields of the resource, but for a service name that is there.
 func (r *Resource) fields(f map[string]any) {
 	set := func(name, value string) {

@@ -346,23 +346,10 @@ func (e *encoder) attributes(b []byte, r *record.Record, f *fragment, s *stream)
 // overridden reports whether record.Fields puts another value where the attribute
 // k was.
 func overridden(k string, r *record.Record, f *fragment, s *stream) bool {
-	switch k {
-	case record.Timestamp, record.Message:
+	if r.Owns(k) {
 		return true
-	case record.LogLevel:
-		return r.Level != ""
-	case record.TraceID:
-		return r.TraceID != ""
-	case record.SpanID:
-		return r.SpanID != ""
-	case record.StreamName:
-		return r.Stream != ""
-	case record.ServiceName:
-		return r.Service != ""
-	case record.FilePath, record.FileOffset:
-		return r.Origin.Path != ""
-	case record.TruncatedBytes:
-		return r.TruncatedBytes > 0
+	}
+	switch k {
 	case dsType, dsDataset, dsNamespace:
 		return len(s.fields) > 0
 	}

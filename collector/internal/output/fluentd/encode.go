@@ -59,7 +59,7 @@ func (e *encoder) entry(b []byte, r *record.Record) ([]byte, error) {
 	b = append(b, f.data...)
 	var err error
 	for name, value := range r.Attributes {
-		if f.owns(name) || owns(r, name) {
+		if f.owns(name) || r.Owns(name) {
 			continue
 		}
 		b = appendString(b, name)
@@ -103,30 +103,6 @@ func (e *encoder) entry(b []byte, r *record.Record) ([]byte, error) {
 	}
 	binary.BigEndian.PutUint32(b[head+1:], uint32(count))
 	return b, nil
-}
-
-// owns reports whether the record itself has a value for a field, which goes before
-// an attribute of that name, as in record.Fields.
-func owns(r *record.Record, name string) bool {
-	switch name {
-	case record.Timestamp, record.Message:
-		return true
-	case record.LogLevel:
-		return r.Level != ""
-	case record.TraceID:
-		return r.TraceID != ""
-	case record.SpanID:
-		return r.SpanID != ""
-	case record.StreamName:
-		return r.Stream != ""
-	case record.ServiceName:
-		return r.Service != ""
-	case record.FilePath, record.FileOffset:
-		return r.Origin.Path != ""
-	case record.TruncatedBytes:
-		return r.TruncatedBytes > 0
-	}
-	return false
 }
 
 func (f *fragment) owns(name string) bool {

@@ -561,6 +561,15 @@ func TestForwardProbe(t *testing.T) {
 				t.Errorf("probes answered %t: %+v", answersProbes, got)
 			}
 		}
+		// Nobody waits for the last probe, so it may still be on its way.
+		count := func() int {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return len(s.chunks)
+		}
+		for deadline := time.Now().Add(10 * time.Second); count() < 6 && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
 		s.stop()
 		if s.opened != 1 || len(s.chunks) != 6 {
 			t.Errorf("%d connections, %d chunks; want 1 and 6", s.opened, len(s.chunks))
