@@ -247,3 +247,20 @@ func TestRows(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A checkpoint of a version that had no rows is taken, with one row for all.
+func TestCheckpointWithoutRows(t *testing.T) {
+	body := []byte(`{"files":[{"file":"f","path":"/0.log","written":100,"settled":{"acknowledged":40},"offset":40}],"past":{"written":10,"settled":{"rejected":10},"offset":0}}`)
+	b := append(fmt.Appendf(nil, "outrigger-checkpoint 1 %08x %d\n", crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)), len(body)), body...)
+	l, err := ledger.Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []ledger.Row{{Totals: ledger.Totals{Written: 110, Acknowledged: 40, Dropped: map[string]int64{"rejected": 10}, Pending: 60}}}
+	if d := cmp.Diff(want, l.Rows()); d != "" {
+		t.Errorf("rows (-want +got):\n%s", d)
+	}
+	if p := l.Open("f", "/0.log", "shop/cart-0"); p.Offset != 40 {
+		t.Errorf("position %+v", p)
+	}
+}
