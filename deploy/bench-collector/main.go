@@ -108,8 +108,8 @@ func (p plan) contestants(ctx context.Context, dir string) (out []contestant, no
 	return append(out,
 			contestant{"otelcol", "null", peer, fmt.Sprintf(peerConfig, "  nop:\n", "nop")},
 			contestant{"otelcol", "otlp", peer, fmt.Sprintf(peerConfig, peerOTLP, "otlp_http")},
-		), append(notes, "The OpenTelemetry Collector sends OTLP over HTTP with gzip: its elasticsearchexporter cannot be built here, for the checksum database knows no version of it that the module proxy has.",
-			"Fluent Bit and Vector are not measured: neither is to be had from the package archives that this machine reaches.")
+		), append(notes, "The OpenTelemetry Collector sends OTLP over HTTP with gzip: no version of its elasticsearchexporter could be built where this was measured.",
+			"Fluent Bit and Vector are not measured: neither could be had where this was measured.")
 }
 
 const ourConfig = `admin: {{.Admin}}
