@@ -79,16 +79,17 @@ func parse(args []string, stdout, stderr io.Writer) (settings, error) {
 	return s, nil
 }
 
-func load(path string) (*config.Config, error) {
+// load returns the configuration and the text that it was read from.
+func load(path string) (*config.Config, []byte, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("--config: %w", err)
+		return nil, nil, fmt.Errorf("--config: %w", err)
 	}
 	c, err := parseConfig(b)
 	if err != nil {
-		return nil, fmt.Errorf("--config %s:\n%w", path, err)
+		return nil, nil, fmt.Errorf("--config %s:\n%w", path, err)
 	}
-	return c, nil
+	return c, b, nil
 }
 
 func parseConfig(b []byte) (*config.Config, error) { return config.Parse(b, os.Getenv) }
@@ -99,7 +100,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if err != nil {
 		return err
 	}
-	c, err := load(s.config)
+	c, text, err := load(s.config)
 	if err != nil {
 		return err
 	}
@@ -116,12 +117,13 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		debug.SetGCPercent(50)
 	}
 	log := s.Log("collector", stderr).With(record.HostName, node)
-	p, err := assemble(ctx, c, node, log, nil, nil)
+	r := newReloads()
+	p, err := assemble(ctx, c, node, log, r, nil)
 	if err != nil {
 		return errors.Join(err, p.close())
 	}
 	log.Info("collector starts", "service.version", program.Version(), "outrigger.admin_address", p.admin.Addr().String())
-	err = runAndReload(ctx, s, c, p, node, log)
+	err = runAndReload(ctx, s, c, text, p, node, r, log)
 	log.Info("collector stopped")
 	return err
 }
@@ -168,7 +170,7 @@ type parts struct {
 // assemble makes all parts and binds all ports, so that whatever can fail fails
 // before the first line is read. Where it fails, the parts have what is to be
 // closed. The rules of before hand on what their quotas have counted.
-func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger, extra []prometheus.Collector, before map[string]*rules.Set) (*parts, error) {
+func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logger, r *reloads, before map[string]*rules.Set) (*parts, error) {
 	for _, name := range c.Unused() {
 		log.Warn("an output is named by neither logs.outputs nor metrics.outputs; nothing is sent to it", "outrigger.output", name)
 	}
@@ -181,7 +183,7 @@ func assemble(ctx context.Context, c *config.Config, node string, log *slog.Logg
 		return p, err
 	}
 	registry := program.Registry()
-	registry.MustRegister(extra...)
+	registry.MustRegister(r.total, r.failed)
 	p.registry = registry
 	if c.Kubernetes != nil {
 		if err := p.kubernetes(c, node); err != nil {

@@ -53,14 +53,8 @@ func (r *reloads) note(log *slog.Logger, path string, err error) {
 }
 
 // runAndReload runs the parts, and those that the changed file asks for, until
-// ctx ends or one of them fails.
-func runAndReload(ctx context.Context, s settings, c *config.Config, p *parts, node string, log *slog.Logger) error {
-	r := newReloads()
-	p.registry.MustRegister(r.total, r.failed)
-	text, err := os.ReadFile(s.config)
-	if err != nil {
-		return errors.Join(fmt.Errorf("--config: %w", err), p.close())
-	}
+// ctx ends or one of them fails. text is what c was read from.
+func runAndReload(ctx context.Context, s settings, c *config.Config, text []byte, p *parts, node string, r *reloads, log *slog.Logger) error {
 	for {
 		running, stop := context.WithCancel(ctx)
 		changed := make(chan *config.Config, 1)
@@ -87,20 +81,17 @@ func runAndReload(ctx context.Context, s settings, c *config.Config, p *parts, n
 		quotas := p.rules
 		nodeNext, err := nodeName(next)
 		if err == nil {
-			p, err = assemble(ctx, next, nodeNext, log, []prometheus.Collector{r.total, r.failed}, quotas)
-		}
-		if err == nil {
-			c, node = next, nodeNext
-			r.note(log, s.config, nil)
-			continue
-		}
-		r.note(log, s.config, err)
-		if p != nil {
+			if p, err = assemble(ctx, next, nodeNext, log, r, quotas); err == nil {
+				c, node = next, nodeNext
+				r.note(log, s.config, nil)
+				continue
+			}
 			if err := p.close(); err != nil {
 				return err
 			}
 		}
-		if p, err = assemble(ctx, c, node, log, []prometheus.Collector{r.total, r.failed}, quotas); err != nil {
+		r.note(log, s.config, err)
+		if p, err = assemble(ctx, c, node, log, r, quotas); err != nil {
 			return errors.Join(fmt.Errorf("neither the changed configuration nor the one of before can be used: %w", err), p.close())
 		}
 	}

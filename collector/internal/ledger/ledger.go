@@ -377,6 +377,16 @@ func (s *sums) totals(pending int64) Totals {
 	return t
 }
 
+// PendingOf is Pending of all generations whose path matches.
+func (l *Ledger) PendingOf(match func(path string) bool) (n int64) {
+	for _, a := range l.files {
+		if match(a.path) {
+			n += a.pending()
+		}
+	}
+	return n
+}
+
 // WrittenOf is how many bytes of the generation were seen.
 func (l *Ledger) WrittenOf(file string) int64 {
 	if a := l.files[file]; a != nil {

@@ -185,15 +185,21 @@ func (p *Pipeline) Replay() (bytes int64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("the dead letters of output %s: %w", p.cfg.Name, err)
 	}
+	p.replaying.Store(true)
 	return info.Size(), nil
 }
 
 // clearReplayed deletes the replayed files of which everything is settled.
 func (p *Pipeline) clearReplayed() error {
+	if !p.replaying.Load() { // as nearly always: no need to look into the folder
+		return nil
+	}
+	p.replaying.Store(false) // before looking: Replay may add one meanwhile
 	files, err := filepath.Glob(filepath.Join(p.replayFolder(), "*.ndjson"))
 	if err != nil || len(files) == 0 {
 		return err
 	}
+	p.replaying.Store(true)
 	var errs []error
 	for _, path := range files {
 		file, ok := p.book.Find(func(_, of string) bool { return of == path })

@@ -122,6 +122,9 @@ type Pipeline struct {
 
 	reading reading // of the reader alone
 
+	// replaying: there may be files of replayed dead letters.
+	replaying atomic.Bool
+
 	traits  output.Traits
 	breaker *breaker
 	limiter *limiter
@@ -175,6 +178,7 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 		p.tellSave(err)
 	}
 	p.dead = &deadLetters{path: filepath.Join(cfg.DataDir, cfg.Name+".dead-letters.ndjson"), max: cfg.MaxDeadLetters}
+	p.replaying.Store(true) // a former process may have left some
 	p.breaker = newBreaker(cfg, log, m)
 	m.init(cfg.Name)
 	return p, nil
@@ -343,13 +347,8 @@ func (p *Pipeline) InUse(uid string) bool {
 func (p *Pipeline) PendingIn(folder string) int64 {
 	p.book.mu.Lock()
 	defer p.book.mu.Unlock()
-	var n int64
-	for _, s := range p.book.l.Files() {
-		if strings.HasPrefix(s.Path, folder+string(filepath.Separator)) {
-			n += s.Pending
-		}
-	}
-	return n
+	below := folder + string(filepath.Separator)
+	return p.book.l.PendingOf(func(path string) bool { return strings.HasPrefix(path, below) })
 }
 
 // Why returns what was dropped and rejected since the start, by owner and cause, with samples.
