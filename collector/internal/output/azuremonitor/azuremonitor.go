@@ -309,7 +309,7 @@ func (o *Output) post(ctx context.Context, body []byte, token string) (status in
 // refused judges a call that was not taken, and that another batch would not be
 // either.
 func (o *Output) refused(status int, header http.Header, reason string) output.Result {
-	r := output.Result{RetryAfter: retryAfter(header.Get("Retry-After"), time.Now())}
+	r := output.Result{RetryAfter: output.RetryAfter(header.Get("Retry-After"), time.Now())}
 	remedy := ""
 	switch {
 	case status == http.StatusUnauthorized:
@@ -367,17 +367,6 @@ func shorten(s string) string {
 		return s
 	}
 	return strings.ToValidUTF8(s[:maxReason], "") + "…"
-}
-
-// retryAfter reads the header of RFC 9110, section 10.2.3: seconds or a date.
-func retryAfter(value string, now time.Time) time.Duration {
-	if n, err := strconv.Atoi(value); err == nil {
-		return max(0, time.Duration(min(n, 24*60*60))*time.Second)
-	}
-	if t, err := http.ParseTime(value); err == nil {
-		return min(max(0, t.Sub(now)), 24*time.Hour)
-	}
-	return 0
 }
 
 func (o *Output) take() *writer {

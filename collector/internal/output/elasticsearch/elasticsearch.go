@@ -266,7 +266,7 @@ func (o *Output) failed(resp *http.Response) output.Result {
 	if err != nil && len(data) == 0 {
 		reason = "the reason cannot be read: " + err.Error()
 	}
-	r := output.Result{RetryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now())}
+	r := output.Result{RetryAfter: output.RetryAfter(resp.Header.Get("Retry-After"), time.Now())}
 	remedy := ""
 	switch status := resp.StatusCode; {
 	case status == http.StatusRequestEntityTooLarge:
@@ -318,20 +318,6 @@ func shorten(s string) string {
 		return s
 	}
 	return strings.ToValidUTF8(s[:maxReason], "") + "…"
-}
-
-// retryAfter reads the header of RFC 9110, section 10.2.3: seconds or a date.
-func retryAfter(value string, now time.Time) time.Duration {
-	if value == "" {
-		return 0
-	}
-	if n, err := strconv.Atoi(value); err == nil {
-		return max(0, time.Duration(min(n, 24*60*60))*time.Second)
-	}
-	if t, err := http.ParseTime(value); err == nil {
-		return min(max(0, t.Sub(now)), 24*time.Hour)
-	}
-	return 0
 }
 
 var _ output.Output = (*Output)(nil)

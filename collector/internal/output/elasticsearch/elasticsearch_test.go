@@ -378,7 +378,7 @@ func TestRetryAfter(t *testing.T) {
 	now := time.Date(2026, 11, 23, 3, 0, 0, 0, time.UTC)
 	f := func(in string, want time.Duration) {
 		t.Helper()
-		if got := retryAfter(in, now); got != want {
+		if got := output.RetryAfter(in, now); got != want {
 			t.Errorf("retryAfter(%q) = %s; want %s", in, got, want)
 		}
 	}
