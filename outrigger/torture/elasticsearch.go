@@ -230,11 +230,15 @@ func (e *elasticsearch) collect(ctx context.Context) error {
 	}
 	stream := "logs-" + e.dataset + "-default"
 	ask := func(method, path string, body any) (map[string]json.RawMessage, error) {
-		b, err := json.Marshal(body)
-		if err != nil {
-			return nil, err
+		var text io.Reader // none where there is no body: _refresh refuses even null
+		if body != nil {
+			b, err := json.Marshal(body)
+			if err != nil {
+				return nil, err
+			}
+			text = bytes.NewReader(b)
 		}
-		req, err := http.NewRequestWithContext(ctx, method, e.real.String()+path, bytes.NewReader(b))
+		req, err := http.NewRequestWithContext(ctx, method, e.real.String()+path, text)
 		if err != nil {
 			return nil, err
 		}
