@@ -33,6 +33,7 @@ the backend's side. The exit code is 1 if a line was lost that nothing explains.
   explained  did not arrive; the collector's audit counts it, with a cause
   kubelet    written and deleted while the collector was not there
   twice      arrived more than once
+  disorder   came after a later line of its stream (with --elasticsearch: by @timestamp)
 
 Another collector is graded with --collector-command and --collector-config, or with
 --peer. Both may name {{.Logs}}, {{.Data}}, {{.Backend}} and {{.Config}}.`,

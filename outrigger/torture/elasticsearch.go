@@ -17,6 +17,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
 // backend is a server that a collector sends to. Its judge gets what it stored.
@@ -257,7 +259,7 @@ func (e *elasticsearch) collect(ctx context.Context) error {
 	if _, err := ask(http.MethodPost, "/"+stream+"/_refresh", nil); err != nil {
 		return err
 	}
-	answer, err := ask(http.MethodPost, "/"+stream+"/_search?scroll=1m", map[string]any{"size": 5000, "sort": []string{"_doc"}, "_source": []string{"message"}})
+	answer, err := ask(http.MethodPost, "/"+stream+"/_search?scroll=1m", map[string]any{"size": 5000, "sort": []string{record.Timestamp, "log.offset"}, "_source": []string{"message"}})
 	for err == nil {
 		var hits struct {
 			Hits []struct {

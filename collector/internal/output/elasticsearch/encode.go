@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 
@@ -240,6 +242,25 @@ func (e *encoder) place(k placeKey) *place {
 	return p
 }
 
+// The times that a field of the type date_nanos can hold.
+var firstTime, lastTime = time.Unix(0, 0).UTC(), time.Unix(0, math.MaxInt64).UTC()
+
+// timestamp is the time of r, or when it was read where the index would refuse a
+// record for its time: a program's clock must not cost its lines.
+func timestamp(r *record.Record) time.Time {
+	t := r.Time
+	if t.Before(firstTime) || t.After(lastTime) {
+		t = r.Observed
+	}
+	if t.Before(firstTime) {
+		return firstTime
+	}
+	if t.After(lastTime) {
+		return lastTime
+	}
+	return t
+}
+
 // append appends the two lines of a record: what to do and the document.
 func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) {
 	f := e.fragment(fragmentKey{r.Resource, s.flattened})
@@ -257,7 +278,7 @@ func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) 
 		b = append(b, '"')
 	}
 	b = append(b, "}}\n"+`{"@timestamp":"`...)
-	b = e.clock.Append(b, r.Time)
+	b = e.clock.Append(b, timestamp(r))
 	b = append(b, `","message":`...)
 	b = jsontext.AppendString(b, r.Body)
 	if r.Level != "" {

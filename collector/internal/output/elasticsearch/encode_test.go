@@ -494,3 +494,21 @@ func BenchmarkFieldsAndJSON(b *testing.B) {
 		})
 	}
 }
+
+// An index takes times of 1970 to 2262; a record with another is not refused for it.
+func TestTimesThatNoIndexTakes(t *testing.T) {
+	read := time.Date(2026, 11, 23, 3, 0, 0, 5, time.UTC)
+	for _, c := range []struct{ written, read, want time.Time }{
+		{written: time.Unix(0, 0), read: read, want: time.Unix(0, 0)},
+		{written: time.Unix(0, -1), read: read, want: read},
+		{written: time.Time{}, read: read, want: read},
+		{written: time.Unix(0, math.MaxInt64), read: read, want: time.Unix(0, math.MaxInt64)},
+		{written: time.Unix(0, math.MaxInt64).Add(1), read: read, want: read},
+		{written: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), read: time.Time{}, want: time.Unix(0, 0)},
+		{written: time.Time{}, read: time.Date(2300, 1, 1, 0, 0, 0, 0, time.UTC), want: time.Unix(0, math.MaxInt64)},
+	} {
+		if got := timestamp(&record.Record{Time: c.written, Observed: c.read}); !got.Equal(c.want) {
+			t.Errorf("written %v, read %v: %v; want %v", c.written, c.read, got, c.want)
+		}
+	}
+}

@@ -202,6 +202,8 @@ func componentTemplate() *template {
 	}
 	return (&template{Template: map[string]any{"mappings": map[string]any{
 		"properties": map[string]any{
+			// With milliseconds the lines of one would be in any order.
+			"@timestamp": field("date_nanos"),
 			"kubernetes": properties(map[string]any{"labels": cut("flattened")}),
 			"log":        properties(map[string]any{"offset": field("long"), "truncated_bytes": field("long")}),
 			"outrigger":  properties(map[string]any{"extra": field("text")}),

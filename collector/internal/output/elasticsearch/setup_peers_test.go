@@ -208,6 +208,53 @@ func TestRealSetup(t *testing.T) {
 	}
 }
 
+// Lines of one millisecond come in their order, also where the cluster's own
+// template has a date; a clock that is out by centuries costs nothing.
+func TestRealOrder(t *testing.T) {
+	p := newPeer(t, false)
+	if p == nil {
+		return
+	}
+	// Under names of its own, for a template cannot be taken away from a stream.
+	if status, _ := p.call(http.MethodGet, "/_component_template/logs@mappings", ""); status == http.StatusNotFound {
+		p.must(http.MethodPut, "/_component_template/logs@mappings", `{"template":{"mappings":{"properties":{"@timestamp":{"type":"date","ignore_malformed":false}}}}}`)
+	}
+	o := p.output(Config{Setup: "off", Dataset: "ordered"})
+	ours := o.indexTemplate()
+	ours.IndexPatterns, ours.Priority = []string{"logs-ordered-*"}, 400
+	for _, put := range []struct {
+		path string
+		body *template
+	}{{"/_component_template/" + componentName, componentTemplate()}, {"/_index_template/ordered", ours}} {
+		text, err := json.Marshal(put.body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.must(http.MethodPut, put.path, string(text))
+	}
+	records := p.records(200)
+	for i, r := range records {
+		r.Time = r.Time.Add(time.Duration(200 - i)) // the last is the first
+	}
+	records[0].Time, records[0].Observed = time.Date(2300, 1, 1, 0, 0, 0, 0, time.UTC), records[1].Time.Add(1)
+	records[199].Time, records[199].Observed = time.Time{}, records[198].Time.Add(-1)
+	p.store(o, records)
+	index := "/logs-ordered-" + p.run
+	p.must(http.MethodPost, index+"/_refresh", "")
+	out := p.must(http.MethodPost, index+"/_search", `{"size":1000,"sort":["@timestamp"],"_source":["message"]}`)
+	hits, _ := out["hits"].(map[string]any)["hits"].([]any)
+	if len(hits) != len(records) {
+		t.Fatalf("%d documents; want %d", len(hits), len(records))
+	}
+	for i, h := range hits {
+		hit, _ := h.(map[string]any)
+		source, _ := hit["_source"].(map[string]any)
+		if want := records[199-i].Body; source["message"] != want {
+			t.Fatalf("%d by time: %v; want %s", i, source["message"], want)
+		}
+	}
+}
+
 // A collector that may only ship does so, and says once what it could not do.
 func TestRealSetupWithoutRights(t *testing.T) {
 	p := newPeer(t, true)
