@@ -65,9 +65,14 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 				switch {
 				case path == live:
 					n.add(path, live)
+					n.linked = e.Type()&fs.ModeSymlink != 0
 				case lives[path] || !rotated(e.Name(), filepath.Base(live)) || !e.Type().IsRegular():
 				case in.Own && !strings.HasSuffix(path, ".tmp"), f.ours(l, path):
 					n.add(path, live)
+				default:
+					if info, err := e.Info(); err == nil {
+						n.holes = append(n.holes, l.age(&generation{path: path, modified: info.ModTime()}))
+					}
 				}
 			}
 			if !f.bring(l, n) {

@@ -516,6 +516,9 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 			present[live] = &listing{}
 		}
 		present[live].add(path, live)
+		if path == live {
+			present[live].linked = e.Type()&fs.ModeSymlink != 0
+		}
 	}
 	complete := true
 	for live, n := range present {
@@ -527,6 +530,7 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 		n := present[l.path]
 		if n == nil {
 			n = &listing{}
+			f.bring(l, n)
 		}
 		f.missing(l, n)
 	}
@@ -535,8 +539,10 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 
 // listing are the names of one log that are in its folder.
 type listing struct {
-	plain []string // by age, the live one last
-	gz    []string // by age
+	plain  []string // by age, the live one last
+	gz     []string // by age
+	holes  []string // ages of files of the log that are not read
+	linked bool     // the live one is a symbolic link
 }
 
 func (n *listing) add(path, live string) {
@@ -553,35 +559,80 @@ func (n *listing) add(path, live string) {
 	})
 }
 
-func (n *listing) has(path string) bool {
-	return slices.Contains(n.plain, path) || slices.Contains(n.gz, path)
-}
-
 // bring makes sure that the files of these names are among the generations of l, in their order.
 func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 	complete = true
 	before := len(l.gens)
+	for _, g := range l.gens {
+		g.named = false
+	}
+	failed := func(path string, err error) {
+		complete = false
+		f.failed("open", path, err)
+		for _, g := range l.gens {
+			g.named = g.named || g.path == path // as far as is known
+		}
+	}
 	for _, path := range n.plain {
 		if err := f.find(l, path); err != nil {
-			complete = false
-			f.failed("open", path, err)
+			failed(path, err)
 		}
 	}
 	slices.Sort(n.gz)
 	for _, path := range n.gz {
-		if err := f.findGzip(l, path); err != nil {
-			complete = false
-			f.failed("open", path, err)
+		if err := f.findGzip(l, n, path); err != nil {
+			failed(path, err)
 		}
 	}
 	if len(l.gens) != before {
 		slices.SortStableFunc(l.gens, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
 	}
+	for i, g := range l.gens {
+		switch {
+		case !g.named:
+		case i == 0:
+			// Something is open if what was before it had to be given up.
+			if g.after == unknown && l.open() {
+				f.succeed(l, g, apart)
+			}
+		case f.follows(l, l.gens[i-1], g, n):
+			f.succeed(l, g, adjacent)
+		case g.after == unknown:
+			f.succeed(l, g, apart)
+		}
+	}
 	return complete
 }
 
+// follows reports whether the listing proves that no generation lay between older and g. The
+// oldest is deleted first, so what came after a file that still has a name has one as well.
+func (f *Follower) follows(l *containerLog, older, g *generation, n *listing) bool {
+	if older.replaced {
+		return true // its end lets go what is open
+	}
+	if !older.named {
+		return n.linked && f.rotatedAside(l, older)
+	}
+	return !slices.ContainsFunc(n.holes, func(age string) bool { return l.age(older) <= age && age < l.age(g) })
+}
+
+// rotatedAside is follows for a log that is a symbolic link: its files are rotated where it
+// leads to, as Docker does, and the listing does not show them.
+func (f *Follower) rotatedAside(l *containerLog, older *generation) bool {
+	target, err := filepath.EvalSymlinks(l.path)
+	if err != nil {
+		return false
+	}
+	info, err := os.Stat(target + ".1")
+	if err != nil {
+		return older.file != nil && !older.unlinked()
+	}
+	dev, ino, err := numbers(info)
+	return err == nil && dev == older.dev && ino == older.ino
+}
+
 // age is a text that sorts the generations of a log. A rotated one has its stamp.
-// One that is only in the spool may have lost it with its name; then it is when it was last
+// One whose name was lost before the stamp could be seen has the time when it was last
 // written to.
 func (l *containerLog) age(g *generation) string {
 	const layout = "20060102-150405" // as kubelet writes it, in local time
@@ -591,10 +642,10 @@ func (l *containerLog) age(g *generation) string {
 		return g.modified.Format(layout)
 	case stamp != "":
 		return stamp[1:]
-	case g.restored:
-		return g.modified.Format(layout)
-	default:
+	case g.named || g.replaced:
 		return "~"
+	default:
+		return g.modified.Format(layout)
 	}
 }
 
@@ -618,13 +669,14 @@ func (f *Follower) leadsToLogs(path string) bool {
 
 // findGzip makes sure that a compressed generation is among those of l, as a file to be read or
 // as the copy of one that is.
-func (f *Follower) findGzip(l *containerLog, path string) error {
+func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 	plain := strings.TrimSuffix(path, ".gz")
 	for _, g := range l.gens {
 		if g.path == path || g.path == plain || g.gzPath == path {
 			if g.path != path {
 				g.gzPath = path
 			}
+			g.named = true
 			return nil
 		}
 	}
@@ -635,7 +687,7 @@ func (f *Follower) findGzip(l *containerLog, path string) error {
 	if err != nil {
 		return err
 	}
-	g := &generation{path: path}
+	g := &generation{path: path, modified: info.ModTime(), named: true}
 	if g.dev, g.ino, err = numbers(info); err != nil {
 		return err
 	}
@@ -651,12 +703,13 @@ func (f *Follower) findGzip(l *containerLog, path string) error {
 	}
 	if err != nil {
 		f.skip(path, "damaged_gzip")
+		n.holes = append(n.holes, l.age(g))
 		f.log.Warn("a compressed log file cannot be read; it is left out and counted", "log.file.path", path, "error.message", err.Error())
 		return g.close()
 	}
 	for _, o := range l.gens {
 		if o.id == g.id && g.id != "" { // it was renamed and compressed since we last looked
-			o.gzPath, o.path = path, plain
+			o.gzPath, o.path, o.named = path, plain, true
 			return g.close()
 		}
 	}
@@ -664,7 +717,6 @@ func (f *Follower) findGzip(l *containerLog, path string) error {
 		f.skip(path, "empty")
 		return g.close()
 	}
-	g.modified = info.ModTime()
 	f.book.Written(g.id, g.size)
 	l.gens = append(l.gens, g)
 	f.missed = true
@@ -693,7 +745,7 @@ func (f *Follower) find(l *containerLog, path string) error {
 				g.path = path
 				f.reopenAccount(l, g)
 			}
-			g.missingSince = time.Time{}
+			g.missingSince, g.named = time.Time{}, true
 			if g.restored {
 				g.restored, g.gone = false, false
 				f.reopenAccount(l, g)
@@ -709,7 +761,7 @@ func (f *Follower) find(l *containerLog, path string) error {
 			return nil
 		}
 	}
-	g := &generation{path: path, dev: dev, ino: ino}
+	g := &generation{path: path, dev: dev, ino: ino, named: true}
 	if err := g.open(); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
 			return nil
@@ -738,7 +790,7 @@ func (f *Follower) missing(l *containerLog, n *listing) {
 		if g.gzPath != "" && !slices.Contains(n.gz, g.gzPath) {
 			g.gzPath = ""
 		}
-		if g.gone || g.replaced || n.has(g.path) {
+		if g.gone || g.replaced || g.named {
 			if g.gone && g.restored {
 				g.restored = false // kubelet has deleted it
 				f.enqueue(l)
@@ -791,7 +843,11 @@ func (f *Follower) boundDeleted() {
 		}
 		total -= max(0, h.g.size-h.g.offset)
 		f.giveUp(h.g, ledger.RotatedAway)
+		if i := slices.Index(h.l.gens, h.g); i+1 < len(h.l.gens) {
+			f.succeed(h.l, h.l.gens[i+1], apart)
+		}
 		f.remove(h.l, h.g)
+		f.enqueue(h.l) // so that what is open is let go
 	}
 }
 

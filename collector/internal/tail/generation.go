@@ -57,14 +57,29 @@ type generation struct {
 	gone         bool // deleted: what the open file or the link has is all there is
 	replaced     bool // overwritten in place: the file is another generation now
 	restored     bool // found in the spool, and not yet seen elsewhere
+	named        bool // found in the last listing of its folder
 	finished     bool // superseded and read to its end
 	again        bool // finished, and then seen to have grown
+
+	after succession
+	begun bool // its turn has come: what was open before it is settled
 
 	// before is the generation that this one overwrote in place. If both begin
 	// with the same line, times tells them apart.
 	before *generation
 	times  int
 }
+
+// succession says whether a generation follows the one before it in the list, so that a
+// record may go on from there. If it does not, another one lay between them that was rotated
+// and deleted before it could be seen.
+type succession int
+
+const (
+	unknown succession = iota
+	adjacent
+	apart
+)
 
 // errOther says that the path has another file by now.
 var errOther = errors.New("another file took the name")

@@ -66,6 +66,12 @@ func (f *Follower) turn(l *containerLog) stop {
 		l.budget = Quantum
 	}
 	for _, g := range slices.Clone(l.gens) {
+		if !g.begun {
+			g.begun = true
+			if g.after == apart && !f.cutOff(l) {
+				return noCredit
+			}
+		}
 		switch why := f.read(l, g); why {
 		case atEnd:
 		case noBudget, noCredit:
@@ -89,6 +95,10 @@ func (f *Follower) turn(l *containerLog) stop {
 			l.waiting = true
 			break
 		}
+		if !last && !g.gone && !g.missingSince.IsZero() && l.gens[slices.Index(l.gens, g)+1].after == apart {
+			l.waiting = true // it may be about to be seen again under another name
+			break
+		}
 		credit, ok := f.finish(l, g, last)
 		if !ok {
 			l.waiting = true
@@ -97,6 +107,12 @@ func (f *Follower) turn(l *containerLog) stop {
 		if !credit {
 			return noCredit
 		}
+	}
+	if len(l.gens) == 0 { // the last may have been given up
+		if !f.cutOff(l) {
+			return noCredit
+		}
+		return atEnd
 	}
 	if !f.letGo(l) {
 		return noCredit
@@ -138,6 +154,7 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 	g.finished = true
 	if g.gone && g.file == nil && g.unread() < g.size && g.gz == nil {
 		f.giveUp(g, ledger.RotatedAway) // neither the open file nor a link is left
+		credit = f.cutOff(l)
 	}
 	if g.gone && g.gzPath != "" && !g.replaced {
 		// What it was lives on as the compressed copy, which is not to be read again.
@@ -151,16 +168,7 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 	}
 	if g.gone || g.replaced {
 		if last || g.replaced { // what would have ended an open line will not come
-			for _, s := range [...]cri.Stream{cri.Stdout, cri.Stderr} {
-				if j, ok := l.joiner.Flush(s); ok {
-					credit = f.group(l, j, "")
-				}
-			}
-			for s := range l.held {
-				if l.held[s].open() {
-					credit = f.flush(l, cri.Stream(s))
-				}
-			}
+			credit = f.end(l)
 		}
 		f.remove(l, g)
 		return credit, true
@@ -169,6 +177,36 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 		f.failed("close", g.path, err)
 	}
 	return credit, true
+}
+
+// end lets go what is open: more of it will not come.
+func (f *Follower) end(l *containerLog) (credit bool) {
+	credit = true
+	for _, s := range [...]cri.Stream{cri.Stdout, cri.Stderr} {
+		if j, ok := l.joiner.Flush(s); ok {
+			credit = f.group(l, j, "")
+		}
+	}
+	for s, h := range l.held {
+		if h.open() {
+			h.grouper.Reset()
+			credit = f.flush(l, cri.Stream(s))
+		}
+	}
+	return credit
+}
+
+// open reports whether a record waits for more.
+func (l *containerLog) open() bool {
+	return l.joiner.Open() || slices.ContainsFunc(l.held[:], (*held).open)
+}
+
+// cutOff is end where more was written and is lost.
+func (f *Follower) cutOff(l *containerLog) (credit bool) {
+	if l.joiner.Open() {
+		f.metrics.Malformed.WithLabelValues("no_end").Inc()
+	}
+	return f.end(l)
 }
 
 func (g *generation) endLong() { g.long, g.longCut, g.inLong = nil, 0, false }
@@ -207,13 +245,13 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 		if err != nil && !errors.Is(err, io.EOF) {
 			f.failed("read", g.path, err)
 			if g.gz != nil { // it will not get better
-				f.unreadable(g, err)
+				return f.unreadable(l, g, err)
 			}
 			return atEnd
 		}
 		if n == 0 {
 			if g.gz != nil {
-				f.unreadable(g, io.ErrUnexpectedEOF)
+				return f.unreadable(l, g, io.ErrUnexpectedEOF)
 			}
 			break
 		}
@@ -239,12 +277,16 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 }
 
 // unreadable gives up the rest of a damaged compressed file.
-func (f *Follower) unreadable(g *generation, err error) {
+func (f *Follower) unreadable(l *containerLog, g *generation, err error) stop {
 	n := f.book.GiveUp(g.id, g.unread(), ledger.Unreadable)
 	g.offset = g.size
 	g.endLong()
 	f.log.Warn("the rest of a compressed log file is lost: it cannot be read", "log.file.path", g.path, "outrigger.lost_bytes", n,
 		"outrigger.cause", ledger.Unreadable.String(), "error.message", err.Error())
+	if !f.cutOff(l) {
+		return noCredit
+	}
+	return atEnd
 }
 
 // chunk takes the lines in data, which was read at g.offset, and returns how
@@ -347,7 +389,7 @@ func (f *Follower) replace(l *containerLog, g *generation) {
 	f.giveUp(g, ledger.Truncated)
 	g.endLong()
 	g.replaced = true
-	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, before: g}
+	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, named: g.named, after: adjacent, before: g}
 	g.file = nil
 	f.unlink(g.link) // it is the new one's inode by now
 	g.link = ""

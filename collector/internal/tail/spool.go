@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -16,7 +17,10 @@ import (
 // restart. The folder is laid out as the logs are:
 //
 //	<spool>/<namespace>_<pod>_<uid>/<container>/<restart>.log@<id>
+//	<spool>/<namespace>_<pod>_<uid>/<container>/<restart>.log@<id>@apart
 //
+// The second form says that the generation does not follow the one before (succession), which
+// the next process could not find out.
 // A name goes when everything of its generation is settled and the checkpoint
 // that says so is on the disk, so that a crash in between forgets nothing.
 
@@ -31,8 +35,8 @@ func (f *Follower) keep(l *containerLog, g *generation) {
 	if f.cfg.Spool == "" || l.input != nil || g.link != "" || g.gone || strings.HasSuffix(g.path, ".gz") || f.noSpool {
 		return
 	}
-	folder := filepath.Join(f.cfg.Spool, filepath.Base(filepath.Dir(filepath.Dir(l.path))), filepath.Base(filepath.Dir(l.path)))
-	link := filepath.Join(folder, filepath.Base(l.path)+"@"+g.id)
+	link := f.linkName(l, g)
+	folder := filepath.Dir(link)
 	err := os.Link(g.path, link)
 	if errors.Is(err, fs.ErrNotExist) {
 		if made := os.MkdirAll(folder, 0o700); made != nil {
@@ -61,6 +65,32 @@ func (f *Follower) keep(l *containerLog, g *generation) {
 			"file.path", f.cfg.Spool, "error.message", err.Error())
 	default:
 		f.failed("link", g.path, err)
+	}
+}
+
+const apartMark = "@apart"
+
+func (f *Follower) linkName(l *containerLog, g *generation) string {
+	container := filepath.Dir(l.path)
+	name := filepath.Join(f.cfg.Spool, filepath.Base(filepath.Dir(container)), filepath.Base(container), filepath.Base(l.path)+"@"+g.id)
+	if g.after == apart {
+		name += apartMark
+	}
+	return name
+}
+
+// succeed notes whether the generation follows the one before, in the spool too.
+func (f *Follower) succeed(l *containerLog, g *generation, s succession) {
+	g.after = s
+	if g.link == "" {
+		return
+	}
+	if name := f.linkName(l, g); name != g.link {
+		if err := os.Rename(g.link, name); err != nil {
+			f.failed("rename", g.link, err)
+			return
+		}
+		g.link = name
 	}
 }
 
@@ -119,7 +149,7 @@ func (f *Follower) restore() {
 				continue
 			}
 			for _, e := range entries {
-				name, id, ok := strings.Cut(e.Name(), "@")
+				name, id, ok := strings.Cut(strings.TrimSuffix(e.Name(), apartMark), "@")
 				if !ok || !logName.MatchString(name) || !e.Type().IsRegular() {
 					f.skip(filepath.Join(folder, e.Name()), "not_ours")
 					continue
@@ -144,7 +174,10 @@ func (f *Follower) restoreOne(live, link, id string) {
 	l := f.logOf(live)
 	// Whether it still has a name of kubelet's is seen by the sweep: find goes by
 	// the inode. Until then it counts as deleted.
-	g := &generation{path: live, dev: dev, ino: ino, link: link, gone: true, restored: true, modified: info.ModTime()}
+	g := &generation{path: live, dev: dev, ino: ino, link: link, gone: true, restored: true, modified: info.ModTime(), after: adjacent}
+	if strings.HasSuffix(link, apartMark) {
+		g.after = apart
+	}
 	if err := g.open(); err != nil {
 		f.failed("open", link, err)
 		return
@@ -156,5 +189,6 @@ func (f *Follower) restoreOne(live, link, id string) {
 		f.log.Warn("a kept log file is not the one that its name says; it is read as what it is", "file.path", link, "outrigger.file", g.id)
 	}
 	l.gens = append(l.gens, g)
+	slices.SortStableFunc(l.gens, func(a, b *generation) int { return a.modified.Compare(b.modified) })
 	f.enqueue(l)
 }
