@@ -300,3 +300,25 @@ func TestSpoolOrder(t *testing.T) {
 	n.want("3", "2", "1")
 	n.closed(nil)
 }
+
+// A generation whose rename was missed is read before those with names, although the clock of
+// kubelet, which stamps these, is days behind that of the file system.
+func TestNamelessComesFirst(t *testing.T) {
+	for _, spool := range []bool{false, true} {
+		t.Run(fmt.Sprintf("spool=%v", spool), func(t *testing.T) {
+			n := start(t)
+			if spool {
+				n = spooled(t)
+			}
+			n.write(cart, "F 1", "F 2")
+			n.f.Sweep(true, nil, nil)
+			n.rotate(rotatedA, "F 3")
+			n.rotate(rotatedB, "F 4")
+			n.remove(rotatedA)
+			n.f.Sweep(true, nil, nil)
+			n.rotate(rotatedC, "F 5")
+			n.want("1", "2", "3", "4", "5")
+			n.closed(nil)
+		})
+	}
+}

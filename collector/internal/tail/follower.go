@@ -584,9 +584,7 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 			failed(path, err)
 		}
 	}
-	if len(l.gens) != before {
-		slices.SortStableFunc(l.gens, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
-	}
+	l.order(before)
 	for i, g := range l.gens {
 		switch {
 		case !g.named:
@@ -631,21 +629,35 @@ func (f *Follower) rotatedAside(l *containerLog, older *generation) bool {
 	return err == nil && dev == older.dev && ino == older.ino
 }
 
-// age is a text that sorts the generations of a log. A rotated one has its stamp.
-// One whose name was lost before the stamp could be seen has the time when it was last
-// written to.
+// order gives the generations after the first known ones their places. The known are in order
+// already. One without a name is not compared with: the oldest is deleted first, so it stays
+// before the new ones, whatever the clocks of kubelet and of the file system say.
+func (l *containerLog) order(known int) {
+	fresh := slices.Clone(l.gens[known:])
+	slices.SortStableFunc(fresh, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
+	l.gens = l.gens[:known]
+	for _, g := range fresh {
+		age := l.age(g)
+		i := slices.IndexFunc(l.gens, func(o *generation) bool { return o.named && l.age(o) > age })
+		if i < 0 {
+			i = len(l.gens)
+		}
+		l.gens = slices.Insert(l.gens, i, g)
+	}
+}
+
+// age is a text that sorts the generations of a log that have names. A rotated one has its
+// stamp there, or, of a single file's, whose names change with each rotation, the time when it
+// was last written to.
 func (l *containerLog) age(g *generation) string {
-	const layout = "20060102-150405" // as kubelet writes it, in local time
 	stamp := strings.TrimSuffix(strings.TrimPrefix(g.path, l.path), ".gz")
 	switch {
-	case l.input != nil && !l.input.Own && stamp != "":
-		return g.modified.Format(layout)
-	case stamp != "":
-		return stamp[1:]
-	case g.named || g.replaced:
+	case stamp == "":
 		return "~"
+	case l.input != nil && !l.input.Own:
+		return g.modified.Format("20060102-150405.000000000")
 	default:
-		return g.modified.Format(layout)
+		return stamp[1:]
 	}
 }
 
