@@ -559,6 +559,10 @@ func (n *listing) add(path, live string) {
 	})
 }
 
+func (n *listing) has(path string) bool {
+	return slices.Contains(n.plain, path) || slices.Contains(n.gz, path)
+}
+
 // bring makes sure that the files of these names are among the generations of l, in their order.
 func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 	complete = true
@@ -802,7 +806,7 @@ func (f *Follower) missing(l *containerLog, n *listing) {
 		if g.gzPath != "" && !slices.Contains(n.gz, g.gzPath) {
 			g.gzPath = ""
 		}
-		if g.gone || g.replaced || g.named {
+		if g.gone || g.replaced || g.named && n.has(g.path) {
 			if g.gone && g.restored {
 				g.restored = false // kubelet has deleted it
 				f.enqueue(l)

@@ -6,10 +6,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
@@ -121,6 +123,31 @@ func TestOriginsOutliveACrash(t *testing.T) {
 	if first[1].Record.Origin.Offset != again[1].Record.Origin.Offset || first[1].Record.Origin.File == again[1].Record.Origin.File {
 		t.Errorf("records of two and three lines have the origins %+v and %+v", first[1].Record.Origin, again[1].Record.Origin)
 	}
+}
+
+// Once only the compressed copy has a name, the inode of the file is let go: the next log file
+// may get it, and must not be taken for this one.
+func TestCompressedLetsItsInodeGo(t *testing.T) {
+	n := spooled(t)
+	n.write(cart, "F 1")
+	n.want("1")
+	n.rename(cart, cart+".20261123-020000")
+	n.write(cart, "F 2")
+	n.want("2")
+	n.compress(cart + ".20261123-020000")
+	n.want()
+	var paths []string
+	for _, s := range n.ledger.Files() {
+		paths = append(paths, s.Path)
+	}
+	slices.Sort(paths)
+	if d := cmp.Diff([]string{n.path(cart), n.path(cart + ".20261123-020000.gz")}, paths); d != "" {
+		t.Errorf("open accounts (-want +got):\n%s", d)
+	}
+	n.rename(cart, cart+".20261123-020100")
+	n.write(cart, "F 3")
+	n.want("3")
+	n.closed(nil)
 }
 
 // Compressed while it is read: the copy is not read again, even after a restart.
