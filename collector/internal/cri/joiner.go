@@ -29,7 +29,7 @@ type Joined struct {
 // (through all of its generations, because a rotation may fall between two
 // parts) and keeps the streams apart: a runtime interleaves them freely. It
 // holds at most record.MaxBody bytes a stream. Not safe for concurrent use; the
-// zero value is ready.
+// zero value is ready, and of a nil one, which no line has been added to, nothing is open.
 type Joiner struct {
 	open [Stderr + 1]part
 	one  [1]Span
@@ -73,10 +73,10 @@ func (j *Joiner) Add(l Line, p Problem, cut int, at Span) (Joined, bool) {
 
 // Flush returns what there is of the stream's open line: its end will not come.
 func (j *Joiner) Flush(s Stream) (Joined, bool) {
-	o := &j.open[s]
-	if len(o.spans) == 0 {
+	if j == nil || len(j.open[s].spans) == 0 {
 		return Joined{}, false
 	}
+	o := &j.open[s]
 	out := Joined{Time: o.time, Stream: s, Text: o.text, Cut: o.cut, Spans: o.spans, Lines: o.lines}
 	// The memory of a joined line goes with it: thousands of containers would
 	// otherwise each keep the longest line that they ever wrote.
@@ -87,11 +87,13 @@ func (j *Joiner) Flush(s Stream) (Joined, bool) {
 // Passes reports whether l would come back from Add at once and unchanged, so
 // that the caller need not ask.
 func (j *Joiner) Passes(l Line) bool {
-	return !l.Partial && len(j.open[l.Stream].spans) == 0 && len(l.Text) <= record.MaxBody
+	return !l.Partial && (j == nil || len(j.open[l.Stream].spans) == 0) && len(l.Text) <= record.MaxBody
 }
 
 // Open reports whether a line is waiting for its end.
-func (j *Joiner) Open() bool { return len(j.open[Stdout].spans)+len(j.open[Stderr].spans) > 0 }
+func (j *Joiner) Open() bool {
+	return j != nil && len(j.open[Stdout].spans)+len(j.open[Stderr].spans) > 0
+}
 
 func limit(b []byte, n int) (kept []byte, over int) {
 	if len(b) <= n {

@@ -104,17 +104,64 @@ type Position struct {
 
 // sums are what an account, or one hour of a pod, adds up to.
 type sums struct {
-	written int64
-	settled [causes]int64 // bytes
-	records [causes]int64
+	written      int64
+	acknowledged tally
+	// drops is nil without any: of most files nothing is ever dropped. Acknowledged has
+	// no use in it.
+	drops *[causes]tally
+}
+
+type tally struct{ bytes, records int64 }
+
+func (s *sums) of(c Cause) tally {
+	switch {
+	case c == Acknowledged:
+		return s.acknowledged
+	case s.drops == nil:
+		return tally{}
+	default:
+		return s.drops[c]
+	}
+}
+
+func (s *sums) count(c Cause, bytes, records int64) {
+	if bytes == 0 && records == 0 {
+		return
+	}
+	t := &s.acknowledged
+	if c != Acknowledged {
+		if s.drops == nil {
+			s.drops = new([causes]tally)
+		}
+		t = &s.drops[c]
+	}
+	t.bytes += bytes
+	t.records += records
 }
 
 func (s *sums) add(o *sums) {
 	s.written += o.written
 	for c := range causes {
-		s.settled[c] += o.settled[c]
-		s.records[c] += o.records[c]
+		t := o.of(c)
+		s.count(c, t.bytes, t.records)
 	}
+}
+
+// taken is how many bytes are settled.
+func (s *sums) taken() (n int64) {
+	for c := range causes {
+		n += s.of(c).bytes
+	}
+	return n
+}
+
+func (s *sums) equal(o *sums) bool {
+	for c := range causes {
+		if s.of(c) != o.of(c) {
+			return false
+		}
+	}
+	return s.written == o.written
 }
 
 type account struct {
@@ -124,13 +171,6 @@ type account struct {
 	offset int64
 	above  []Span
 	gone   bool
-}
-
-func (a *account) taken() (n int64) {
-	for _, v := range a.settled {
-		n += v
-	}
-	return n
 }
 
 // covered is how many bytes the position says are settled. It is kept apart from
@@ -156,6 +196,8 @@ type Ledger struct {
 	// rows hold the same sums a second time, by owner and hour.
 	rows map[rowKey]*sums
 	hour int64 // of the clock, in hours since 1970
+
+	encoded int // bytes that the last Encode gave
 }
 
 // New returns an empty ledger.
@@ -205,8 +247,8 @@ func (l *Ledger) Written(file string, size int64) {
 // Count notes that records of the generation were settled with the cause.
 func (l *Ledger) Count(file string, c Cause, records int64) {
 	if a := l.files[file]; a != nil && c < causes {
-		a.records[c] += records
-		l.row(a).records[c] += records
+		a.count(c, 0, records)
+		l.row(a).count(c, 0, records)
 	}
 }
 
@@ -228,11 +270,11 @@ func (l *Ledger) settle(file string, s Span, c Cause, cut int64) int64 {
 	}
 	n := a.settle(s)
 	cut = min(cut, n)
-	a.settled[c] += n - cut
-	a.settled[TooLong] += cut
 	row := l.row(a)
-	row.settled[c] += n - cut
-	row.settled[TooLong] += cut
+	for _, s := range [...]*sums{&a.sums, row} {
+		s.count(c, n-cut, 0)
+		s.count(TooLong, cut, 0)
+	}
 	// Bytes that a record was made of were written, whatever stat said last.
 	l.Written(file, max(a.taken(), s.End))
 	l.retire(file, a)
@@ -244,6 +286,10 @@ func (a *account) settle(s Span) (added int64) {
 	s.Start = max(s.Start, a.offset)
 	if s.End <= s.Start {
 		return 0
+	}
+	if len(a.above) == 0 && s.Start == a.offset {
+		a.offset = s.End
+		return s.End - s.Start
 	}
 	// All spans that overlap or touch s become one with it.
 	i, _ := slices.BinarySearchFunc(a.above, s.Start, func(x Span, at int64) int { return cmp.Compare(x.End, at) })
@@ -326,7 +372,8 @@ func (l *Ledger) Files() []Statement {
 
 // Total is the sum of all accounts, closed ones included.
 func (l *Ledger) Total() Totals {
-	sum, pending := l.past, int64(0)
+	sum, pending := sums{}, int64(0)
+	sum.add(&l.past)
 	for _, a := range l.files {
 		sum.add(&a.sums)
 		pending += a.pending()
@@ -361,7 +408,7 @@ func (a *account) statement(file string) Statement {
 }
 
 func (s *sums) totals(pending int64) Totals {
-	t := Totals{Written: s.written, Acknowledged: s.settled[Acknowledged], Pending: pending, Records: s.records[Acknowledged]}
+	t := Totals{Written: s.written, Acknowledged: s.acknowledged.bytes, Pending: pending, Records: s.acknowledged.records}
 	note := func(m *map[string]int64, c Cause, n int64) {
 		if n > 0 {
 			if *m == nil {
@@ -371,8 +418,8 @@ func (s *sums) totals(pending int64) Totals {
 		}
 	}
 	for _, c := range Drops() {
-		note(&t.Dropped, c, s.settled[c])
-		note(&t.DroppedRecords, c, s.records[c])
+		note(&t.Dropped, c, s.of(c).bytes)
+		note(&t.DroppedRecords, c, s.of(c).records)
 	}
 	return t
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -262,5 +263,66 @@ func TestCheckpointWithoutRows(t *testing.T) {
 	}
 	if p := l.Open("f", "/0.log", "shop/cart-0"); p.Offset != 40 {
 		t.Errorf("position %+v", p)
+	}
+}
+
+// Whatever a path has in it, it comes back; what is no UTF-8 comes back as JSON has it.
+func TestCheckpointOfOddNames(t *testing.T) {
+	l := ledger.New()
+	for _, path := range []string{"", `a"b`, `a\b`, "a\nb\x7f", "ä\u2028<&>", "a\xffb"} {
+		l.Open("f"+path, path, path)
+		l.Written("f"+path, 1)
+		l.Settle("f"+path, ledger.Span{Start: 0, End: 1}, ledger.ByQuota)
+	}
+	b, err := l.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := ledger.Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := l.Files()
+	for i := range want {
+		want[i].Path, want[i].File = strings.ToValidUTF8(want[i].Path, "\ufffd"), strings.ToValidUTF8(want[i].File, "\ufffd")
+	}
+	if d := cmp.Diff(want, back.Files()); d != "" {
+		t.Errorf("files (-want +got):\n%s", d)
+	}
+}
+
+func many() *ledger.Ledger {
+	l := ledger.New()
+	l.Clock(time.Unix(1_800_000_000, 0))
+	for i := range 5000 {
+		file := fmt.Sprintf("fd01-%x-5fcd5154a1c42133", i)
+		pod := fmt.Sprintf("shop_orders-%d", i)
+		l.Open(file, "/var/log/pods/"+pod+"_8c1f4a4e-0000-4000-8000-000000000000/app/0.log", strings.Replace(pod, "_", "/", 1))
+		l.Written(file, 300)
+		l.Count(file, ledger.Acknowledged, 1)
+		l.Settle(file, ledger.Span{Start: 0, End: 200}, ledger.Acknowledged)
+	}
+	return l
+}
+
+// A checkpoint is one piece of memory, or it would make the most that the collector needs.
+func TestCheckpointCostsItsSize(t *testing.T) {
+	l := many()
+	b, err := l.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := testing.AllocsPerRun(5, func() { _, err = l.Encode() }); err != nil || n > 10 {
+		t.Errorf("%v allocations for a checkpoint of %d bytes; %v", n, len(b), err)
+	}
+}
+
+func BenchmarkEncode(b *testing.B) {
+	l := many()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := l.Encode(); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

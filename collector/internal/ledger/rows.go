@@ -75,11 +75,7 @@ func (l *Ledger) row(a *account) *sums {
 func (l *Ledger) Rows() []Row {
 	out := make([]Row, 0, len(l.rows))
 	for k, s := range l.rows {
-		pending := s.written
-		for _, n := range s.settled {
-			pending -= n
-		}
-		r := Row{Owner: k.owner, Totals: s.totals(pending)}
+		r := Row{Owner: k.owner, Totals: s.totals(s.written - s.taken())}
 		if k.hour != 0 {
 			r.Hour = time.Unix(k.hour*3600, 0).UTC()
 		}
@@ -91,18 +87,24 @@ func (l *Ledger) Rows() []Row {
 	return out
 }
 
+// all is the sum of all accounts, closed ones included.
+func (l *Ledger) all() (all sums) {
+	all.add(&l.past)
+	for _, a := range l.files {
+		all.add(&a.sums)
+	}
+	return all
+}
+
 // checkRows returns an error if the rows do not add up to the accounts.
 func (l *Ledger) checkRows() error {
 	var rows sums
 	for _, s := range l.rows {
 		rows.add(s)
 	}
-	all := l.past
-	for _, a := range l.files {
-		all.add(&a.sums)
-	}
-	if rows != all {
-		return fmt.Errorf("the rows by owner and hour add up to %+v, the accounts to %+v", rows, all)
+	all := l.all()
+	if !rows.equal(&all) {
+		return fmt.Errorf("the rows by owner and hour add up to %+v, the accounts to %+v", rows.totals(rows.written-rows.taken()), all.totals(all.written-all.taken()))
 	}
 	return nil
 }

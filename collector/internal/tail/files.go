@@ -56,7 +56,7 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 			if l == nil {
 				r := in.Resource
 				r.Node, r.Cluster = f.cfg.Node, f.cfg.Cluster
-				l = &containerLog{path: live, input: in, from: &r, since: f.cfg.Now(), owner: "node/" + in.Resource.Service}
+				l = &containerLog{path: live, input: in, from: &r, since: stampOf(f.cfg.Now())}
 				f.add(l)
 			}
 			n := &listing{}
@@ -71,7 +71,7 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 					n.add(path, live)
 				default:
 					if info, err := e.Info(); err == nil {
-						n.holes = append(n.holes, l.age(&generation{path: path, modified: info.ModTime()}))
+						n.holes = append(n.holes, l.age(&generation{path: path, modified: stampOf(info.ModTime())}))
 					}
 				}
 			}

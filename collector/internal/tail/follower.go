@@ -25,6 +25,7 @@
 package tail
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -187,12 +188,17 @@ type Follower struct {
 	folders map[string][]*containerLog // by its folder
 	ready   []*containerLog            // may have bytes to read; in turn
 	leaving []leaving
-	skipped map[string]int // paths reported as not read: the round in which they were last seen
-	round   int            // of full sweeps
-	swept   bool           // one sweep saw everything
-	noSpool bool           // links cannot be made here
-	linked  bool           // one could be made
-	missed  bool           // a full sweep found what no hint told of
+	// What a sweep has to do, so that it does not look through all logs for it.
+	waiting map[*containerLog]struct{}    // to be looked at again when time has passed
+	relist  map[*containerLog]struct{}    // a file of it has no name: so has its folder
+	gone    map[*generation]*containerLog // deleted
+	spent   map[*generation]*containerLog // read to its end, and its link may go when it is settled
+	skipped map[string]int                // paths reported as not read: the round in which they were last seen
+	round   int                           // of full sweeps
+	swept   bool                          // one sweep saw everything
+	noSpool bool                          // links cannot be made here
+	linked  bool                          // one could be made
+	missed  bool                          // a full sweep found what no hint told of
 	buf     []byte
 	headBuf [firstLine]byte
 	slab    slab
@@ -203,20 +209,25 @@ type Follower struct {
 type containerLog struct {
 	path     string           // of the live file
 	input    *Files           // nil for a container's
-	owner    string           // for the account: namespace/pod
 	from     *record.Resource // what the path says
 	resource *record.Resource
 	policy   Policy
-	since    time.Time     // when it was found
-	complete bool          // or waited for long enough
-	known    uint64        // generation of the metadata that resource is from
-	gens     []*generation // oldest first
-	joiner   cri.Joiner
-	held     [cri.Stderr + 1]*held // nil until the stream has had a line
+	since    stamp                 // when it was found
+	known    uint64                // generation of the metadata that resource is from
+	gens     []*generation         // oldest first
+	joiner   *cri.Joiner           // nil while no line is open
+	held     [cri.Stderr + 1]*held // nil but in a turn, or while a record of the stream is open
 	budget   int                   // bytes left of its turn
+	complete bool                  // or waited for long enough
 	queued   bool
-	waiting  bool // has to be looked at again when time has passed
-	relist   bool // so has its folder: a file of it has no name
+}
+
+// owner is for the account: namespace/pod.
+func (l *containerLog) owner() string {
+	if l.input != nil {
+		return "node/" + l.input.Resource.Service
+	}
+	return l.from.Namespace + "/" + l.from.Pod
 }
 
 // New returns a Follower that has read nothing yet.
@@ -241,7 +252,9 @@ func New(cfg Config, book Book, log *slog.Logger, m *Metrics) *Follower {
 	}
 	f := &Follower{
 		cfg: cfg, book: book, log: log, metrics: m,
-		logs: map[string]*containerLog{}, folders: map[string][]*containerLog{}, skipped: map[string]int{}, buf: make([]byte, Chunk),
+		logs: map[string]*containerLog{}, folders: map[string][]*containerLog{},
+		waiting: map[*containerLog]struct{}{}, relist: map[*containerLog]struct{}{}, gone: map[*generation]*containerLog{}, spent: map[*generation]*containerLog{},
+		skipped: map[string]int{}, buf: make([]byte, Chunk),
 	}
 	f.restore()
 	return f
@@ -272,8 +285,7 @@ func (f *Follower) logOf(live string) *containerLog {
 	if l := f.logs[live]; l != nil {
 		return l
 	}
-	l := &containerLog{path: live, from: f.resource(live), since: f.cfg.Now()}
-	l.owner = l.from.Namespace + "/" + l.from.Pod
+	l := &containerLog{path: live, from: f.resource(live), since: stampOf(f.cfg.Now())}
 	f.add(l)
 	return l
 }
@@ -303,8 +315,8 @@ func (f *Follower) prepare(l *containerLog) bool {
 		return true
 	}
 	r, complete := f.cfg.Resource(l.from)
-	if !complete && !l.complete && f.cfg.Now().Sub(l.since) < f.cfg.MetadataWait {
-		l.waiting = true
+	if !complete && !l.complete && l.since.until(stampOf(f.cfg.Now())) < f.cfg.MetadataWait {
+		f.wait(l)
 		return false
 	}
 	if r != l.resource || !l.complete {
@@ -333,16 +345,14 @@ func (f *Follower) Sweep(full bool, folders []string, visit func(folder string))
 		for _, folder := range folders {
 			f.sweepContainer(folder, visit)
 		}
-		for _, l := range f.logs {
-			if l.relist {
+		for _, l := range slices.Collect(maps.Keys(f.relist)) {
+			if _, still := f.relist[l]; still { // another log of its folder may have come first
 				f.sweepContainer(filepath.Dir(l.path), nil)
 			}
 		}
 	}
-	for _, l := range f.logs {
-		if l.waiting {
-			f.enqueue(l)
-		}
+	for l := range f.waiting {
+		f.enqueue(l)
 	}
 	f.boundDeleted()
 	f.release()
@@ -374,10 +384,15 @@ func (f *Follower) enqueue(l *containerLog) {
 	}
 }
 
+// wait has the log looked at again by the next sweep.
+func (f *Follower) wait(l *containerLog) { f.waiting[l] = struct{}{} }
+
 // forget drops a log of which nothing is left.
 func (f *Follower) forget(l *containerLog) {
 	folder := filepath.Dir(l.path)
 	delete(f.logs, l.path)
+	delete(f.waiting, l)
+	delete(f.relist, l)
 	f.folders[folder] = slices.DeleteFunc(f.folders[folder], func(x *containerLog) bool { return x == l })
 	if len(f.folders[folder]) == 0 {
 		delete(f.folders, folder)
@@ -654,14 +669,14 @@ func (l *containerLog) order(known int) {
 // stamp there, or, of a single file's, whose names change with each rotation, the time when it
 // was last written to.
 func (l *containerLog) age(g *generation) string {
-	stamp := strings.TrimSuffix(strings.TrimPrefix(g.path, l.path), ".gz")
+	rotated := strings.TrimSuffix(strings.TrimPrefix(g.path, l.path), ".gz")
 	switch {
-	case stamp == "":
+	case rotated == "":
 		return "~"
 	case l.input != nil && !l.input.Own:
-		return g.modified.Format("20060102-150405.000000000")
+		return g.modified.time().Format("20060102-150405.000000000")
 	default:
-		return stamp[1:]
+		return rotated[1:]
 	}
 }
 
@@ -703,11 +718,11 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 	if err != nil {
 		return err
 	}
-	g := &generation{path: path, modified: info.ModTime(), named: true}
+	g := &generation{path: path, modified: stampOf(info.ModTime()), named: true}
 	if g.dev, g.ino, err = numbers(info); err != nil {
 		return err
 	}
-	if err := g.open(); err != nil {
+	if err := f.open(l, g); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
 			return nil
 		}
@@ -761,9 +776,10 @@ func (f *Follower) find(l *containerLog, path string) error {
 				g.path = path
 				f.reopenAccount(l, g)
 			}
-			g.missingSince, g.named = time.Time{}, true
+			g.missingSince, g.named = 0, true
 			if g.restored {
 				g.restored, g.gone = false, false
+				delete(f.gone, g)
 				f.reopenAccount(l, g)
 			}
 			if info.Size() != g.offset {
@@ -777,8 +793,11 @@ func (f *Follower) find(l *containerLog, path string) error {
 			return nil
 		}
 	}
+	if path == l.path {
+		path = l.path // one text in memory, not two
+	}
 	g := &generation{path: path, dev: dev, ino: ino, named: true}
-	if err := g.open(); err != nil {
+	if err := f.open(l, g); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
 			return nil
 		}
@@ -793,15 +812,15 @@ func (f *Follower) find(l *containerLog, path string) error {
 
 func (f *Follower) reopenAccount(l *containerLog, g *generation) {
 	if g.id != "" {
-		f.book.Open(g.id, g.path, l.owner)
+		f.book.Open(g.id, g.path, l.owner())
 	}
 }
 
 // missing marks the generations that are not under any of the paths any more. A
 // rename may be half seen, so a file that still has a name gets some time.
 func (f *Follower) missing(l *containerLog, n *listing) {
-	now := f.cfg.Now()
-	l.relist = false
+	now := stampOf(f.cfg.Now())
+	delete(f.relist, l)
 	for _, g := range slices.Clone(l.gens) {
 		if g.gzPath != "" && !slices.Contains(n.gz, g.gzPath) {
 			g.gzPath = ""
@@ -813,17 +832,18 @@ func (f *Follower) missing(l *containerLog, n *listing) {
 			}
 			continue
 		}
-		if g.missingSince.IsZero() {
+		if g.missingSince == 0 {
 			g.missingSince = now
 		}
-		if g.unlinked() || g.gz != nil || now.Sub(g.missingSince) >= 2*f.cfg.Grace {
+		if g.unlinked() || g.gz != nil || g.missingSince.until(now) >= 2*f.cfg.Grace {
 			if g.file != nil {
 				f.verify(l, g)
 			}
 			g.gone = true
+			f.gone[g] = l
 			f.enqueue(l)
 		} else {
-			l.relist = true
+			f.relist[l] = struct{}{}
 		}
 	}
 }
@@ -840,19 +860,17 @@ func (f *Follower) boundDeleted() {
 		g *generation
 	}
 	var all []held
-	for _, l := range f.logs {
-		for _, g := range l.gens {
-			if g.gone && !g.finished {
-				total += max(0, g.size-g.offset)
-				all = append(all, held{l, g})
-			}
+	for g, l := range f.gone {
+		if !g.finished {
+			total += max(0, g.size-g.offset)
+			all = append(all, held{l, g})
 		}
 	}
 	f.metrics.Deleted.Set(float64(total))
 	if total <= f.cfg.MaxDeleted && len(all) <= maxGone {
 		return
 	}
-	slices.SortFunc(all, func(a, b held) int { return a.g.missingSince.Compare(b.g.missingSince) })
+	slices.SortFunc(all, func(a, b held) int { return cmp.Compare(a.g.missingSince, b.g.missingSince) })
 	for i, h := range all {
 		if total <= f.cfg.MaxDeleted && len(all)-i <= maxGone {
 			return
@@ -884,10 +902,12 @@ func (f *Follower) remove(l *containerLog, g *generation) {
 		f.failed("close", g.path, err)
 	}
 	if g.id != "" {
-		f.leaving = append(f.leaving, leaving{g.id, g.link})
+		f.leaving = append(f.leaving, leaving{g.id, f.linkPath(l, g.link)})
 	} else {
-		f.unlink(g.link)
+		f.unlink(f.linkPath(l, g.link))
 	}
+	delete(f.gone, g)
+	delete(f.spent, g)
 	l.gens = slices.DeleteFunc(l.gens, func(x *generation) bool { return x == g })
 }
 

@@ -26,7 +26,7 @@ type generation struct {
 	path     string
 	dev, ino uint64
 	file     *os.File // nil while closed
-	link     string   // in the spool; empty without one
+	link     string   // its name in the spool, without the folder; empty without one
 	// gz: the file is compressed, and offsets are those of what it holds.
 	gz *inflater
 	// gzPath is where kubelet has put the compressed copy of it. The account stays
@@ -38,22 +38,18 @@ type generation struct {
 	// origin names the generation in the ids of records. The compressed copy of a
 	// file has the same, so that a backend knows a record again that it took before a crash.
 	origin string
-	first  int // bytes that were hashed for it
-	hash   [sha256.Size]byte
+	first  int32 // bytes that were hashed for it
+	times  int32 // see before
+	hash   hash
 
 	offset int64 // next byte to read
 	size   int64 // by the last stat
 	done   []ledger.Span
+	long   *long // nil but within a physical line longer than a chunk
 
-	// A physical line longer than a chunk is gathered here from longStart.
-	long      []byte
-	longCut   int
-	longStart int64
-	inLong    bool
-
-	modified     time.Time // by the last stat
-	quietSince   time.Time // read to the end, and the size unchanged, since
-	missingSince time.Time
+	modified     stamp // by the last stat
+	quietSince   stamp // read to the end, and the size unchanged, since
+	missingSince stamp
 	gone         bool // deleted: what the open file or the link has is all there is
 	replaced     bool // overwritten in place: the file is another generation now
 	restored     bool // found in the spool, and not yet seen elsewhere
@@ -67,13 +63,37 @@ type generation struct {
 	// before is the generation that this one overwrote in place. If both begin
 	// with the same line, times tells them apart.
 	before *generation
-	times  int
 }
+
+// hash of the first line.
+type hash [16]byte
+
+func hashOf(b []byte) hash {
+	sum := sha256.Sum256(b)
+	return hash(sum[:len(hash{})])
+}
+
+// long is a physical line longer than a chunk, as far as it was read.
+type long struct {
+	text  []byte
+	cut   int
+	start int64
+}
+
+// stamp is a time in nanoseconds since 1970, 0 for none. There are many of them, and a time.Time is
+// three times as long.
+type stamp int64
+
+func stampOf(t time.Time) stamp { return stamp(t.UnixNano()) }
+
+func (s stamp) until(now stamp) time.Duration { return time.Duration(now - s) }
+
+func (s stamp) time() time.Time { return time.Unix(0, int64(s)) }
 
 // succession says whether a generation follows the one before it in the list, so that a
 // record may go on from there. If it does not, another one lay between them that was rotated
 // and deleted before it could be seen.
-type succession int
+type succession uint8
 
 const (
 	unknown succession = iota
@@ -93,13 +113,13 @@ func numbers(info fs.FileInfo) (dev, ino uint64, err error) {
 }
 
 // open opens the file unless it is open, and makes sure it is the same one.
-func (g *generation) open() error {
+func (f *Follower) open(l *containerLog, g *generation) error {
 	if g.file != nil {
 		return nil
 	}
 	path := g.path
 	if g.gone && g.link != "" {
-		path = g.link
+		path = f.linkPath(l, g.link)
 	}
 	// Without O_NONBLOCK a pipe would keep us until somebody writes to it.
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
@@ -169,8 +189,8 @@ func names(info fs.FileInfo) uint64 {
 
 // unread is where the bytes begin that no complete line has been made of.
 func (g *generation) unread() int64 {
-	if g.inLong {
-		return g.longStart
+	if g.long != nil {
+		return g.long.start
 	}
 	return g.offset
 }
@@ -198,7 +218,7 @@ func (f *Follower) same(g *generation) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return len(b) == g.first && sha256.Sum256(b) == g.hash, nil
+	return len(b) == int(g.first) && hashOf(b) == g.hash, nil
 }
 
 // identify gives the generation its id and its place, once the first line is
@@ -218,7 +238,7 @@ func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 	default:
 		return nil
 	}
-	g.first, g.hash = len(b), sha256.Sum256(b)
+	g.first, g.hash = int32(len(b)), hashOf(b)
 	g.id = fmt.Sprintf("%s%x", identity(g.dev, g.ino), g.hash[:8])
 	if g.before != nil && g.before.hash == g.hash {
 		g.times = g.before.times + 1
@@ -239,12 +259,12 @@ func (f *Follower) identify(l *containerLog, g *generation, final bool) error {
 			g.id = id
 		}
 	}
-	at := f.book.Open(g.id, g.path, l.owner)
+	at := f.book.Open(g.id, g.path, l.owner())
 	g.offset, g.done = at.Offset, at.Above
 	// It may have been taken for deleted, and read to its end, and be back.
 	f.leaving = slices.DeleteFunc(f.leaving, func(x leaving) bool {
 		if x.id == g.id && g.link == "" {
-			g.link = x.link
+			g.link = filepath.Base(x.link)
 		}
 		return x.id == g.id
 	})

@@ -37,7 +37,7 @@ func (f *Follower) group(l *containerLog, j cri.Joined, text string) (credit boo
 		if !open {
 			return f.flush(l, j.Stream)
 		}
-		l.waiting = true
+		f.wait(l)
 		return true
 	}
 	if h.open() {
@@ -49,7 +49,7 @@ func (f *Follower) group(l *containerLog, j cri.Joined, text string) (credit boo
 	h.joined, h.since = j, f.cfg.Now()
 	h.text = append(h.text[:0], j.Text...)
 	h.joined.Text = nil
-	l.waiting = true
+	f.wait(l)
 	return credit
 }
 
@@ -87,20 +87,23 @@ func (f *Follower) flush(l *containerLog, s cri.Stream) (credit bool) {
 	return f.send(l, j, text)
 }
 
-// letGo flushes the records that have waited long enough for their next line.
+// letGo flushes the records that have waited long enough for their next line. Of a stream without
+// one nothing is kept: thousands of containers would each keep what none of them needs.
 func (f *Follower) letGo(l *containerLog) (credit bool) {
 	credit = true
 	for s := range l.held {
 		h := l.held[s]
-		if !h.open() {
+		if h.open() && f.cfg.Now().Sub(h.since) < f.cfg.Hold {
+			f.wait(l)
 			continue
 		}
-		if f.cfg.Now().Sub(h.since) < f.cfg.Hold {
-			l.waiting = true
-			continue
+		if h.open() {
+			credit = f.flush(l, cri.Stream(s))
 		}
-		h.grouper.Reset()
-		credit = f.flush(l, cri.Stream(s))
+		l.held[s] = nil
+	}
+	if !l.joiner.Open() {
+		l.joiner = nil
 	}
 	return credit
 }

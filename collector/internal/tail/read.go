@@ -58,7 +58,7 @@ func (f *Follower) Read(emit func(Entry) bool) (more bool) {
 // when the older is finished, because lines must stay in order and a record may
 // go on in the next file.
 func (f *Follower) turn(l *containerLog) stop {
-	l.waiting = false
+	delete(f.waiting, l)
 	if !f.prepare(l) {
 		return atEnd
 	}
@@ -88,20 +88,20 @@ func (f *Follower) turn(l *containerLog) stop {
 		// that was superseded twice has been left by the runtime long ago, so what
 		// the file system says of its last change will do.
 		quiet := g.quietSince
-		if twice := len(l.gens)-slices.Index(l.gens, g) > 2; twice && g.modified.Before(quiet) {
+		if twice := len(l.gens)-slices.Index(l.gens, g) > 2; twice && g.modified < quiet {
 			quiet = g.modified
 		}
-		if !g.replaced && g.gz == nil && f.cfg.Now().Sub(quiet) < f.cfg.Grace {
-			l.waiting = true
+		if !g.replaced && g.gz == nil && quiet.until(stampOf(f.cfg.Now())) < f.cfg.Grace {
+			f.wait(l)
 			break
 		}
-		if !last && !g.gone && !g.missingSince.IsZero() && l.gens[slices.Index(l.gens, g)+1].after == apart {
-			l.waiting = true // it may be about to be seen again under another name
+		if !last && !g.gone && g.missingSince != 0 && l.gens[slices.Index(l.gens, g)+1].after == apart {
+			f.wait(l) // it may be about to be seen again under another name
 			break
 		}
 		credit, ok := f.finish(l, g, last)
 		if !ok {
-			l.waiting = true
+			f.wait(l)
 			break
 		}
 		if !credit {
@@ -133,8 +133,11 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 		}
 	}
 	if g.id != "" && !g.replaced && g.file != nil && l.policy.Off == "" {
-		line, start, cut := g.long, g.longStart, g.longCut
-		if !g.inLong {
+		var line []byte
+		start, cut := g.unread(), 0
+		if g.long != nil {
+			line, cut = g.long.text, g.long.cut
+		} else {
 			n := 0
 			if g.gz == nil || g.offset < g.size {
 				var err error
@@ -143,13 +146,13 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 					return true, false
 				}
 			}
-			line, start, cut = f.buf[:n], g.offset, 0
+			line = f.buf[:n]
 			g.offset += int64(n)
 		}
 		if g.offset > start {
 			credit = f.line(l, g, line, "", cut, start, g.offset)
 		}
-		g.endLong()
+		g.long = nil
 	}
 	g.finished = true
 	if g.gone && g.file == nil && g.unread() < g.size && g.gz == nil {
@@ -159,11 +162,13 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 	if g.gone && g.gzPath != "" && !g.replaced {
 		// What it was lives on as the compressed copy, which is not to be read again.
 		// Should we end now, the next process finds the account by the copy.
-		f.book.Open(g.id, g.gzPath, l.owner)
+		f.book.Open(g.id, g.gzPath, l.owner())
 		if err := g.close(); err != nil {
 			f.failed("close", g.path, err)
 		}
 		g.path, g.gzPath, g.gone, g.gz = g.gzPath, "", false, &inflater{}
+		delete(f.gone, g)
+		f.spend(l, g)
 		return credit, true
 	}
 	if g.gone || g.replaced {
@@ -176,7 +181,15 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 	if err := g.close(); err != nil {
 		f.failed("close", g.path, err)
 	}
+	f.spend(l, g)
 	return credit, true
+}
+
+// spend notes that the link of a finished generation may go once it is settled.
+func (f *Follower) spend(l *containerLog, g *generation) {
+	if g.link != "" {
+		f.spent[g] = l
+	}
 }
 
 // end lets go what is open: more of it will not come.
@@ -209,8 +222,6 @@ func (f *Follower) cutOff(l *containerLog) (credit bool) {
 	return f.end(l)
 }
 
-func (g *generation) endLong() { g.long, g.longCut, g.inLong = nil, 0, false }
-
 // idleAfter is how long nothing has to happen to a file until it is closed: an
 // open file each for thousands of silent containers is more than a process may have.
 const idleAfter = time.Minute
@@ -221,7 +232,7 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 		return atEnd
 	}
 	g.again = false
-	if err := g.open(); err != nil {
+	if err := f.open(l, g); err != nil {
 		if !errors.Is(err, errOther) {
 			f.failed("open", g.path, err)
 		}
@@ -234,7 +245,7 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 		if g.size > g.unread() {
 			f.book.GiveUp(g.id, g.unread(), ledger.ByRule)
 			g.offset = g.size
-			g.endLong()
+			g.long = nil
 		}
 	}
 	for g.offset < g.size {
@@ -264,11 +275,11 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 			break
 		}
 	}
-	now := f.cfg.Now()
+	now := stampOf(f.cfg.Now())
 	switch {
-	case g.quietSince.IsZero():
+	case g.quietSince == 0:
 		g.quietSince = now
-	case g.link != "" && !g.inLong && g.offset == g.size && now.Sub(g.quietSince) > idleAfter:
+	case g.link != "" && g.long == nil && g.offset == g.size && g.quietSince.until(now) > idleAfter:
 		if err := g.close(); err != nil {
 			f.failed("close", g.path, err)
 		}
@@ -280,7 +291,7 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 func (f *Follower) unreadable(l *containerLog, g *generation, err error) stop {
 	n := f.book.GiveUp(g.id, g.unread(), ledger.Unreadable)
 	g.offset = g.size
-	g.endLong()
+	g.long = nil
 	f.log.Warn("the rest of a compressed log file is lost: it cannot be read", "log.file.path", g.path, "outrigger.lost_bytes", n,
 		"outrigger.cause", ledger.Unreadable.String(), "error.message", err.Error())
 	if !f.cutOff(l) {
@@ -304,34 +315,34 @@ func (f *Follower) chunk(l *containerLog, g *generation, data []byte) (used int,
 		line, start, cut := data[used:used+i], g.offset, 0
 		text := whole[used : used+i]
 		end := start + int64(i) + 1
-		if g.inLong {
-			g.lengthen(line)
-			line, text, start, cut = g.long, "", g.longStart, g.longCut
+		if g.long != nil {
+			g.long.add(line)
+			line, text, start, cut = g.long.text, "", g.long.start, g.long.cut
 		}
 		used += i + 1
 		g.offset = end
 		credit = f.line(l, g, line, text, cut, start, end)
-		g.endLong()
+		g.long = nil
 		if !credit {
 			return used, false
 		}
 	}
 	rest := data[used:]
-	if g.inLong || len(rest) == len(f.buf) {
-		if !g.inLong {
-			g.inLong, g.longStart = true, g.offset
+	if g.long != nil || len(rest) == len(f.buf) {
+		if g.long == nil {
+			g.long = &long{start: g.offset}
 		}
-		g.lengthen(rest)
+		g.long.add(rest)
 		g.offset += int64(len(rest))
 		used += len(rest)
 	}
 	return used, true
 }
 
-func (g *generation) lengthen(b []byte) {
-	keep := min(len(b), MaxLine-len(g.long))
-	g.long = append(g.long, b[:keep]...)
-	g.longCut += len(b) - keep
+func (x *long) add(b []byte) {
+	keep := min(len(b), MaxLine-len(x.text))
+	x.text = append(x.text, b[:keep]...)
+	x.cut += len(b) - keep
 }
 
 // verify notes the size and makes sure that the file is still the one that was
@@ -347,7 +358,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 		return false
 	}
 	size := info.Size()
-	g.modified = info.ModTime()
+	g.modified = stampOf(info.ModTime())
 	if g.id == "" {
 		g.note(size)
 		if err := f.identify(l, g, false); err != nil {
@@ -355,8 +366,8 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 			return false
 		}
 		if g.id == "" {
-			if g.quietSince.IsZero() {
-				g.quietSince = f.cfg.Now()
+			if g.quietSince == 0 {
+				g.quietSince = stampOf(f.cfg.Now())
 			}
 			return true
 		}
@@ -380,19 +391,23 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 // note takes the size by stat; a change means that the file is not quiet.
 func (g *generation) note(size int64) {
 	if size != g.size {
-		g.size, g.quietSince = size, time.Time{}
+		g.size, g.quietSince = size, 0
 	}
 }
 
 func (f *Follower) replace(l *containerLog, g *generation) {
 	f.log.Warn("log file was overwritten in place (copytruncate); reading it from its start", "log.file.path", g.path)
 	f.giveUp(g, ledger.Truncated)
-	g.endLong()
+	g.long = nil
 	g.replaced = true
 	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, named: g.named, after: adjacent, before: g}
 	g.file = nil
-	f.unlink(g.link) // it is the new one's inode by now
+	f.unlink(f.linkPath(l, g.link)) // it is the new one's inode by now
 	g.link = ""
+	delete(f.gone, g)
+	if next.gone {
+		f.gone[next] = l
+	}
 	i := slices.Index(l.gens, g)
 	l.gens = slices.Insert(l.gens, i+1, next)
 	f.enqueue(l)
@@ -419,6 +434,9 @@ func (f *Follower) line(l *containerLog, g *generation, line []byte, text string
 			return f.group(l, j, text[len(text)-len(parsed.Text):])
 		}
 		return f.group(l, j, "")
+	}
+	if l.joiner == nil {
+		l.joiner = new(cri.Joiner)
 	}
 	j, ok := l.joiner.Add(parsed, problem, cut, at)
 	if !ok {

@@ -1,6 +1,7 @@
 package tail
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -35,7 +36,8 @@ func (f *Follower) keep(l *containerLog, g *generation) {
 	if f.cfg.Spool == "" || l.input != nil || g.link != "" || g.gone || strings.HasSuffix(g.path, ".gz") || f.noSpool {
 		return
 	}
-	link := f.linkName(l, g)
+	name := l.linkName(g)
+	link := f.linkPath(l, name)
 	folder := filepath.Dir(link)
 	err := os.Link(g.path, link)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -50,7 +52,7 @@ func (f *Follower) keep(l *containerLog, g *generation) {
 		// The path may have been given to another file meanwhile.
 		if info, err := os.Lstat(link); err == nil {
 			if dev, ino, err := numbers(info); err == nil && dev == g.dev && ino == g.ino {
-				g.link, f.linked = link, true
+				g.link, f.linked = name, true
 				return
 			}
 		}
@@ -70,13 +72,21 @@ func (f *Follower) keep(l *containerLog, g *generation) {
 
 const apartMark = "@apart"
 
-func (f *Follower) linkName(l *containerLog, g *generation) string {
-	container := filepath.Dir(l.path)
-	name := filepath.Join(f.cfg.Spool, filepath.Base(filepath.Dir(container)), filepath.Base(container), filepath.Base(l.path)+"@"+g.id)
+func (l *containerLog) linkName(g *generation) string {
+	name := filepath.Base(l.path) + "@" + g.id
 	if g.after == apart {
 		name += apartMark
 	}
 	return name
+}
+
+// linkPath is the path of a name in the spool; empty for none.
+func (f *Follower) linkPath(l *containerLog, name string) string {
+	if name == "" {
+		return ""
+	}
+	container := filepath.Dir(l.path)
+	return filepath.Join(f.cfg.Spool, filepath.Base(filepath.Dir(container)), filepath.Base(container), name)
 }
 
 // succeed notes whether the generation follows the one before, in the spool too.
@@ -85,8 +95,8 @@ func (f *Follower) succeed(l *containerLog, g *generation, s succession) {
 	if g.link == "" {
 		return
 	}
-	if name := f.linkName(l, g); name != g.link {
-		if err := os.Rename(g.link, name); err != nil {
+	if name := l.linkName(g); name != g.link {
+		if err := os.Rename(f.linkPath(l, g.link), f.linkPath(l, name)); err != nil {
 			f.failed("rename", g.link, err)
 			return
 		}
@@ -123,12 +133,11 @@ func (f *Follower) release() {
 	}
 	clear(f.leaving[len(kept):])
 	f.leaving = kept
-	for _, l := range f.logs {
-		for _, g := range l.gens {
-			if g.finished && !g.gone && g.link != "" && f.book.Settled(g.id) {
-				f.unlink(g.link)
-				g.link = ""
-			}
+	for g, l := range f.spent {
+		if !g.gone && f.book.Settled(g.id) {
+			f.unlink(f.linkPath(l, g.link))
+			g.link = ""
+			delete(f.spent, g)
 		}
 	}
 }
@@ -174,11 +183,11 @@ func (f *Follower) restoreOne(live, link, id string) {
 	l := f.logOf(live)
 	// Whether it still has a name of kubelet's is seen by the sweep: find goes by
 	// the inode. Until then it counts as deleted.
-	g := &generation{path: live, dev: dev, ino: ino, link: link, gone: true, restored: true, modified: info.ModTime(), after: adjacent}
+	g := &generation{path: live, dev: dev, ino: ino, link: filepath.Base(link), gone: true, restored: true, modified: stampOf(info.ModTime()), after: adjacent}
 	if strings.HasSuffix(link, apartMark) {
 		g.after = apart
 	}
-	if err := g.open(); err != nil {
+	if err := f.open(l, g); err != nil {
 		f.failed("open", link, err)
 		return
 	}
@@ -189,6 +198,7 @@ func (f *Follower) restoreOne(live, link, id string) {
 		f.log.Warn("a kept log file is not the one that its name says; it is read as what it is", "file.path", link, "outrigger.file", g.id)
 	}
 	l.gens = append(l.gens, g)
-	slices.SortStableFunc(l.gens, func(a, b *generation) int { return a.modified.Compare(b.modified) })
+	slices.SortStableFunc(l.gens, func(a, b *generation) int { return cmp.Compare(a.modified, b.modified) })
+	f.gone[g] = l
 	f.enqueue(l)
 }
