@@ -27,7 +27,8 @@ func (c *cli) torture() *cobra.Command {
 		Short: "Prove of a log collector on this machine that it loses nothing, or show what it loses",
 		Long: `Writes numbered log lines as a node's container runtime does, rotates and deletes
 as kubelet does, kills and stops the collector, breaks the backend, and judges from
-the backend's side. The exit code is 1 if a line was lost that nothing explains.
+the backend's side. The exit code is 1 if a line was lost that nothing explains; of
+Outrigger's own collector also if one came twice, or late, that should not have.
 
   lost       did not arrive, and nothing says why
   explained  did not arrive; the collector's audit counts it, with a cause

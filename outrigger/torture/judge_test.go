@@ -2,6 +2,7 @@ package torture
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -135,4 +136,26 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestWhatElseIsPromised(t *testing.T) {
+	for _, name := range keeping {
+		if !slices.ContainsFunc(scenarios(), func(s scenario) bool { return s.name == name }) {
+			t.Errorf("%s is no scenario", name)
+		}
+	}
+	for _, c := range []struct {
+		result Result
+		want   int
+	}{
+		{Result{Scenario: "sigkill", Output: "forward", verdict: verdict{Duplicated: 5}}, 0},
+		{Result{Scenario: "sigkill", Output: "elasticsearch", verdict: verdict{Duplicated: 5, Disordered: 5}}, 1},
+		{Result{Scenario: "sigkill", Output: "otlp", verdict: verdict{Duplicated: 5, Disordered: 5}}, 0},
+		{Result{Scenario: "rotate-fast", Output: "forward", verdict: verdict{Duplicated: 5, Disordered: 5}}, 2},
+		{Result{Scenario: "rotate-fast", Output: "forward", verdict: verdict{Arrived: 5}}, 0},
+	} {
+		if got := c.result.broken(); len(got) != c.want {
+			t.Errorf("%s at %s: %q; want %d", c.result.Scenario, c.result.Output, got, c.want)
+		}
+	}
 }

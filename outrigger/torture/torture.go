@@ -76,6 +76,26 @@ func (r Result) Failed() bool {
 	return r.Skipped == "" && (r.Lost > 0 || r.Corrupted > 0 || r.AuditOff != 0 || len(r.Problems) > 0)
 }
 
+// keeping are the scenarios in which every answer reaches the collector and is not forgotten
+// there, so that it has no reason to send anything twice.
+var keeping = []string{
+	"steady", "rotate-1-stopped", "rotate-2-stopped", "rotate-5-stopped", "rotate-fast", "copytruncate", "pods-200ms", "busy-items",
+	"slow", "clock-step", "long-lines", "idle-files", "malformed", "symlink", "million-fields",
+}
+
+// broken says what else our own collector promises and did not keep: Elasticsearch, which
+// knows our ids, has nothing twice, forward only what had to be sent again, and forward, which
+// has one request after the other, has the lines of a stream in their order.
+func (r Result) broken() (promises []string) {
+	if r.Duplicated > 0 && (r.Output == "elasticsearch" || r.Output == "forward" && slices.Contains(keeping, r.Scenario)) {
+		promises = append(promises, fmt.Sprintf("%d lines came twice for no reason", r.Duplicated))
+	}
+	if r.Disordered > 0 && r.Output == "forward" {
+		promises = append(promises, fmt.Sprintf("%d lines came after a later one of their stream", r.Disordered))
+	}
+	return promises
+}
+
 // Outputs that the kit has a backend for.
 func Outputs() []string { return []string{"elasticsearch", "forward", "otlp"} }
 
@@ -235,6 +255,9 @@ func one(ctx context.Context, o Options, dir string, s scenario, output string) 
 		dropped += n
 	}
 	r.verdict = w.judge.verdict(w.sources, dropped, r.Unnamed, absences)
+	if ours {
+		r.Problems = append(r.Problems, r.broken()...)
+	}
 	r.Seconds = time.Since(started).Round(100 * time.Millisecond).Seconds()
 	return r, nil
 }
