@@ -63,7 +63,7 @@ type Config struct {
 	MinBackoff      time.Duration // default 100 ms
 	MaxBackoff      time.Duration // default 30 s
 	BreakerFailures uint32        // in a row that open the breaker; default 5
-	BreakerOpen     time.Duration // until it lets one attempt through; default 10 s
+	BreakerOpen     time.Duration // at most, until it lets one attempt through; default 10 s
 	MaxDeadLetters  int64         // bytes of the file; default 64 MiB
 
 	Sweep time.Duration // default 500 ms
@@ -329,7 +329,7 @@ func (p *Pipeline) Audit() Audit {
 	p.book.mu.Lock()
 	defer p.book.mu.Unlock()
 	return Audit{
-		Output: p.cfg.Name, Kind: p.out.Kind(), Breaker: p.breaker.state(),
+		Output: p.cfg.Name, Kind: p.out.Kind(), Breaker: p.breaker.name(),
 		Total: p.book.l.Total(), Deleted: p.book.l.Past(), Files: p.book.l.Files(), Rows: p.book.l.Rows(),
 	}
 }

@@ -36,6 +36,8 @@ type backend struct {
 	answer   func(batch []*record.Record) output.Result // nil: takes everything
 	got      map[string]int
 	attempts []attempt
+
+	concurrency int
 }
 
 type attempt struct {
@@ -43,9 +45,9 @@ type attempt struct {
 	size int
 }
 
-func (*backend) Kind() string          { return "fake" }
-func (*backend) Traits() output.Traits { return output.Traits{} }
-func (*backend) Close() error          { return nil }
+func (*backend) Kind() string            { return "fake" }
+func (b *backend) Traits() output.Traits { return output.Traits{Concurrency: b.concurrency} }
+func (*backend) Close() error            { return nil }
 
 func (b *backend) Write(_ context.Context, batch []*record.Record) output.Result {
 	b.mu.Lock()
@@ -264,7 +266,7 @@ func TestVerdicts(t *testing.T) {
 }
 
 // A backend that is down: backoff, then the breaker opens and lets one attempt
-// through each ten seconds; nothing is read beyond the credit, nothing is lost.
+// through, at last each ten seconds; nothing is read beyond the credit, nothing is lost.
 func TestBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -282,8 +284,8 @@ func TestBreaker(t *testing.T) {
 		time.Sleep(60 * time.Second)
 		synctest.Wait()
 		b.mu.Lock()
-		if n := len(b.attempts); n < 7 || n > 11 {
-			t.Errorf("%d attempts in a minute; want the 5 that open the breaker and one each ten seconds", n)
+		if n := len(b.attempts); n < 5+8 || n > 5+16 {
+			t.Errorf("%d attempts in a minute; want the 5 that open the breaker, and probes after 0.5, 1, 2, 4, 8 and 10 s or half of that", n)
 		}
 		down = false
 		b.mu.Unlock()
@@ -304,6 +306,84 @@ func TestBreaker(t *testing.T) {
 		stop()
 		if a := p.Audit(); a.Breaker != "closed" || a.Total.Pending != 0 {
 			t.Errorf("account at the end: %+v", a.Total)
+		}
+	})
+}
+
+// How long after a backend is back shipping goes on: short outages have short ends.
+func TestRecovery(t *testing.T) {
+	for outage, most := range map[time.Duration]time.Duration{
+		2 * time.Second:  2500 * time.Millisecond,
+		5 * time.Second:  5 * time.Second,
+		10 * time.Minute: 10 * time.Second,
+	} {
+		t.Run(outage.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t)
+				r.write(cart, 0, 1000)
+				began := time.Now()
+				var probes []time.Time
+				var arrived time.Time
+				b := &backend{}
+				b.answer = func([]*record.Record) output.Result {
+					if time.Since(began) < outage {
+						probes = append(probes, time.Now())
+						return output.Result{Err: errors.New("connection refused")}
+					}
+					if arrived.IsZero() {
+						arrived = time.Now()
+					}
+					return output.Result{}
+				}
+				stop := r.run(r.open(b))
+				time.Sleep(outage + time.Minute)
+				synctest.Wait()
+				stop()
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				if late := arrived.Sub(began) - outage; arrived.IsZero() || late > most {
+					t.Errorf("shipping goes on %v after an outage of %v; want %v at most", late, outage, most)
+				}
+				for i := 6; i < len(probes); i++ {
+					if gap := probes[i].Sub(probes[i-1]); gap < firstProbe/2 || gap > 10*time.Second {
+						t.Errorf("probe %d comes %v after the one before", i, gap)
+					}
+				}
+			})
+		})
+	}
+}
+
+const firstProbe = 500 * time.Millisecond
+
+// What the backend asks for holds for all senders, with the breaker open or not.
+func TestRetryAfterHoldsEverybody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.cfg.MaxRecords = 100
+		r.write(cart, 0, 2000)
+		asked, busy := 0, time.Time{}
+		b := &backend{concurrency: 4}
+		b.answer = func([]*record.Record) output.Result {
+			// What was under way when another was answered comes at the same time.
+			if since := time.Since(busy); since > 0 && since < 20*time.Second {
+				t.Errorf("request %d comes %v after an answer that asked for 20s", asked, since)
+			}
+			if asked++; asked%5 == 0 || asked > 10 && asked < 18 {
+				busy = time.Now()
+				return output.Result{Err: errors.New("429"), RetryAfter: 20 * time.Second}
+			}
+			return output.Result{}
+		}
+		stop := r.run(r.open(b))
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		stop()
+		if n := b.count(); n != 2000 {
+			t.Errorf("%d lines; want 2000", n)
+		}
+		if asked < 24 {
+			t.Errorf("%d requests", asked)
 		}
 	})
 }

@@ -4,13 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"sync"
-	"sync/atomic"
 	"time"
-
-	"github.com/sony/gobreaker/v2"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
@@ -103,12 +99,19 @@ func (p *Pipeline) send(ctx context.Context, b *batch) bool {
 		}
 		delay := p.backoff(failures)
 		failures++
-		if r.Permanent {
+		switch {
+		case r.Permanent:
 			delay = p.cfg.MaxBackoff
+		case failed != nil && p.breaker.delay() > 0:
+			delay = 0 // the breaker says when
 		}
-		delay = max(delay, min(r.RetryAfter, maxRetryAfter))
+		if wait := min(r.RetryAfter, maxRetryAfter); failed != nil && wait > 0 {
+			p.breaker.hold(wait) // the backend asks it of all senders
+		} else {
+			delay = max(delay, wait)
+		}
 		if failed != nil {
-			p.tell(failed, r.Permanent, failures, delay)
+			p.tell(failed, r.Permanent, failures, max(delay, p.breaker.delay()))
 		}
 		pause(ctx, delay)
 	}
@@ -221,7 +224,7 @@ func (p *Pipeline) backoff(failures int) time.Duration {
 }
 
 // tell logs the first failure in a row and then every tenth: each is at most
-// MaxBackoff away from the next.
+// MaxBackoff or BreakerOpen away from the next.
 func (p *Pipeline) tell(err error, permanent bool, failures int, delay time.Duration) {
 	if failures != 1 && failures%10 != 0 {
 		return
@@ -231,46 +234,4 @@ func (p *Pipeline) tell(err error, permanent bool, failures int, delay time.Dura
 		message = "cannot ship logs, and trying again will not help until the cause is removed; nothing is lost while the log files exist"
 	}
 	p.log.Error(message, "error.message", err.Error(), "outrigger.failures", failures, "outrigger.retry_after", delay.String())
-}
-
-// breaker is sony/gobreaker's for callers that would rather wait than be refused.
-type breaker struct {
-	b         *gobreaker.TwoStepCircuitBreaker[struct{}]
-	openFor   time.Duration
-	openSince atomic.Int64 // nanoseconds since 1970
-	current   atomic.Int32
-}
-
-func newBreaker(cfg Config, log *slog.Logger, m *Metrics) *breaker {
-	b := &breaker{openFor: cfg.BreakerOpen}
-	gauge := m.breaker.WithLabelValues(cfg.Name)
-	b.b = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
-		Name:        cfg.Name,
-		Timeout:     cfg.BreakerOpen,
-		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= cfg.BreakerFailures },
-		OnStateChange: func(_ string, from, to gobreaker.State) {
-			b.current.Store(int32(to))
-			gauge.Set(float64(to))
-			if to == gobreaker.StateOpen {
-				b.openSince.Store(time.Now().UnixNano())
-			}
-			log.Info("the output's circuit breaker changed", "outrigger.breaker.from", from.String(), "outrigger.breaker.to", to.String())
-		},
-	})
-	return b
-}
-
-func (b *breaker) state() string { return gobreaker.State(b.current.Load()).String() }
-
-// wait returns what ends an attempt, when one may be made; nil when ctx has ended.
-func (b *breaker) wait(ctx context.Context) (done func(error)) {
-	for ctx.Err() == nil {
-		done, err := b.b.Allow()
-		if err == nil {
-			return done
-		}
-		again := time.Unix(0, b.openSince.Load()).Add(b.openFor)
-		pause(ctx, max(time.Until(again), 10*time.Millisecond))
-	}
-	return nil
 }
