@@ -52,10 +52,17 @@ type document struct {
 // together in one piece of memory; encoding/json would need seven times as much.
 func (l *Ledger) Encode() ([]byte, error) {
 	const room = 64 // for the header
-	b := make([]byte, room, room+l.encoded+l.encoded/16+1024)
-	b = append(b, `{"files":[`...)
 	files := slices.AppendSeq(make([]string, 0, len(l.files)), maps.Keys(l.files))
 	slices.Sort(files)
+	size := room + 1024
+	for file, a := range l.files {
+		size += len(file) + len(a.path) + len(a.owner) + 180 + 48*len(a.above)
+	}
+	for k := range l.rows {
+		size += len(k.owner) + 140
+	}
+	b := make([]byte, room, size)
+	b = append(b, `{"files":[`...)
 	for i, file := range files {
 		b = l.files[file].append(separate(b, i), file)
 	}
@@ -76,7 +83,6 @@ func (l *Ledger) Encode() ([]byte, error) {
 		b = append(b, ']')
 	}
 	b = append(b, '}')
-	l.encoded = len(b)
 	body := b[room:]
 	head := fmt.Appendf(make([]byte, 0, room), "%s %s %08x %d\n", magic, version, sum(body), len(body))
 	if len(head) > room {

@@ -196,8 +196,6 @@ type Ledger struct {
 	// rows hold the same sums a second time, by owner and hour.
 	rows map[rowKey]*sums
 	hour int64 // of the clock, in hours since 1970
-
-	encoded int // bytes that the last Encode gave
 }
 
 // New returns an empty ledger.

@@ -59,16 +59,16 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 				l = &containerLog{path: live, input: in, from: &r, since: stampOf(f.cfg.Now())}
 				f.add(l)
 			}
-			n := &listing{}
+			n := &listing{live: live}
 			for _, e := range entries {
 				path := filepath.Join(folder, e.Name())
 				switch {
 				case path == live:
-					n.add(path, live)
+					n.add(path)
 					n.linked = e.Type()&fs.ModeSymlink != 0
 				case lives[path] || !rotated(e.Name(), filepath.Base(live)) || !e.Type().IsRegular():
 				case in.Own && !strings.HasSuffix(path, ".tmp"), f.ours(l, path):
-					n.add(path, live)
+					n.add(path)
 				default:
 					if info, err := e.Info(); err == nil {
 						n.holes = append(n.holes, l.age(&generation{path: path, modified: stampOf(info.ModTime())}))
@@ -94,18 +94,16 @@ func (f *Follower) isContainer(folder string) bool {
 }
 
 // sweepFolder brings those single files up to date that are in a folder.
-func (f *Follower) sweepFolder(folder string, visit func(string)) (complete bool) {
-	complete = true
+func (f *Follower) sweepFolder(folder string, visit func(string)) {
 	for i := range f.cfg.Files {
 		in := &f.cfg.Files[i]
 		if slices.ContainsFunc(in.Patterns, func(p string) bool {
 			here, err := filepath.Match(filepath.Dir(p), folder)
 			return err == nil && here
-		}) && !f.sweepFiles(in, visit, map[string]bool{}) {
-			complete = false
+		}) {
+			f.sweepFiles(in, visit, map[string]bool{})
 		}
 	}
-	return complete
 }
 
 func (f *Follower) isFile(path string) bool {

@@ -33,7 +33,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -285,6 +284,7 @@ func (f *Follower) logOf(live string) *containerLog {
 	if l := f.logs[live]; l != nil {
 		return l
 	}
+	live = strings.Clone(live) // it may be the beginning of an older file's path
 	l := &containerLog{path: live, from: f.resource(live), since: stampOf(f.cfg.Now())}
 	f.add(l)
 	return l
@@ -343,11 +343,11 @@ func (f *Follower) Sweep(full bool, folders []string, visit func(folder string))
 	} else {
 		defer func(m bool) { f.missed = m }(f.missed) // what a hint told was not missed
 		for _, folder := range folders {
-			f.sweepContainer(folder, visit)
+			f.sweepHinted(folder, visit)
 		}
 		for _, l := range slices.Collect(maps.Keys(f.relist)) {
 			if _, still := f.relist[l]; still { // another log of its folder may have come first
-				f.sweepContainer(filepath.Dir(l.path), nil)
+				f.sweepHinted(filepath.Dir(l.path), nil)
 			}
 		}
 	}
@@ -429,7 +429,7 @@ func (f *Follower) sweepAll(visit func(string)) {
 	}
 	for folder, ls := range f.folders {
 		if !seen[folder] && ls[0].input == nil {
-			f.sweepContainer(folder, nil)
+			f.sweepHinted(folder, nil)
 		}
 	}
 	maps.DeleteFunc(f.skipped, func(_ string, round int) bool { return round < f.round })
@@ -495,15 +495,36 @@ func (f *Follower) skip(path, reason string) {
 	}
 }
 
-// logName matches what kubelet and the runtimes write.
-var logName = regexp.MustCompile(`^(\d+)\.log(\.\d{8}-\d{6})?(\.gz|\.tmp)?$`)
+// logName takes the name of a file apart as kubelet and the runtimes write it: base is <restart>.log,
+// and it may have a stamp behind it, and .gz or .tmp. A pattern would cost memory for every file.
+func logName(name string) (base string, temporary, ok bool) {
+	digits := func(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
+	restart, rest, found := strings.Cut(name, ".log")
+	if !found || !digits(restart) {
+		return "", false, false
+	}
+	base = name[:len(restart)+len(".log")]
+	rest, temporary = strings.CutSuffix(rest, ".tmp")
+	if !temporary {
+		rest = strings.TrimSuffix(rest, ".gz")
+	}
+	day, clock, dash := strings.Cut(strings.TrimPrefix(rest, "."), "-")
+	stamped := rest != "" && rest[0] == '.' && dash && len(day) == 8 && len(clock) == 6 && digits(day) && digits(clock)
+	return base, temporary, rest == "" || stamped
+}
+
+// sweepHinted brings the logs in a folder up to date.
+func (f *Follower) sweepHinted(folder string, visit func(string)) {
+	if f.isContainer(folder) {
+		f.sweepContainer(folder, visit)
+	} else {
+		f.sweepFolder(folder, visit)
+	}
+}
 
 // sweepContainer brings the generations of a container's logs up to date. It
 // reports whether it saw everything.
 func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
-	if !f.isContainer(folder) {
-		return f.sweepFolder(folder, visit)
-	}
 	if visit != nil {
 		visit(folder)
 	}
@@ -512,39 +533,49 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 		f.failed("list", folder, err)
 		return false
 	}
-	present := map[string]*listing{} // by the live path
+	var present []*listing // one for each live path; rarely more than two
+	of := func(live string) *listing {
+		for _, n := range present {
+			if n.live == live {
+				return n
+			}
+		}
+		return nil
+	}
 	for _, e := range entries {
-		m := logName.FindStringSubmatch(e.Name())
-		path := filepath.Join(folder, e.Name())
-		if m == nil {
+		base, temporary, ok := logName(e.Name())
+		path := folder + string(filepath.Separator) + e.Name()
+		if !ok {
 			f.skip(path, "not_a_log")
 			continue
 		}
-		if m[3] == ".tmp" { // kubelet is compressing into it
+		if temporary { // kubelet is compressing into it
 			continue
 		}
 		if e.Type()&fs.ModeSymlink != 0 && !f.leadsToLogs(path) {
 			continue
 		}
-		live := filepath.Join(folder, m[1]+".log")
-		if present[live] == nil {
-			present[live] = &listing{}
+		live := path[:len(path)-len(e.Name())+len(base)]
+		n := of(live)
+		if n == nil {
+			n = &listing{live: live}
+			present = append(present, n)
 		}
-		present[live].add(path, live)
+		n.add(path)
 		if path == live {
-			present[live].linked = e.Type()&fs.ModeSymlink != 0
+			n.linked = e.Type()&fs.ModeSymlink != 0
 		}
 	}
 	complete := true
-	for live, n := range present {
-		if !f.bring(f.logOf(live), n) {
+	for _, n := range present {
+		if !f.bring(f.logOf(n.live), n) {
 			complete = false
 		}
 	}
 	for _, l := range f.folders[folder] {
-		n := present[l.path]
+		n := of(l.path)
 		if n == nil {
-			n = &listing{}
+			n = &listing{live: l.path}
 			f.bring(l, n)
 		}
 		f.missing(l, n)
@@ -554,20 +585,21 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 
 // listing are the names of one log that are in its folder.
 type listing struct {
+	live   string
 	plain  []string // by age, the live one last
 	gz     []string // by age
 	holes  []string // ages of files of the log that are not read
 	linked bool     // the live one is a symbolic link
 }
 
-func (n *listing) add(path, live string) {
+func (n *listing) add(path string) {
 	if strings.HasSuffix(path, ".gz") {
 		n.gz = append(n.gz, path)
 		return
 	}
 	n.plain = append(n.plain, path)
 	slices.SortFunc(n.plain, func(a, b string) int {
-		if a == live || b == live {
+		if a == n.live || b == n.live {
 			return len(b) - len(a) // the stamp makes a rotated name longer
 		}
 		return strings.Compare(a, b)

@@ -159,7 +159,7 @@ func (f *Follower) restore() {
 			}
 			for _, e := range entries {
 				name, id, ok := strings.Cut(strings.TrimSuffix(e.Name(), apartMark), "@")
-				if !ok || !logName.MatchString(name) || !e.Type().IsRegular() {
+				if _, _, log := logName(name); !ok || !log || !e.Type().IsRegular() {
 					f.skip(filepath.Join(folder, e.Name()), "not_ours")
 					continue
 				}
