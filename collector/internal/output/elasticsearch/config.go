@@ -84,8 +84,10 @@ type Config struct {
 	// Concurrency is how many bulk requests are under way at a time at most, 1 to
 	// 64. Default 4.
 	Concurrency int `yaml:"concurrency"`
-	// Compression of requests: gzip (default) or none. CompressionLevel is 1 (fast,
-	// default) to 9.
+	// Compression of requests: gzip (default) or none. CompressionLevel is 1
+	// (default) to 9. 1 knows what documents have in common: it is the fastest, and
+	// makes requests about as small as 6 does. The others are for lines that have much
+	// in common themselves.
 	Compression      string `yaml:"compression"`
 	CompressionLevel int    `yaml:"compressionLevel"`
 	// Timeout of one attempt. Default 30s.

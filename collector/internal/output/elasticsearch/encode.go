@@ -13,15 +13,16 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/deflate"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output/jsontext"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
 const (
-	// chunk of plain text that is collected before it is compressed. A record is
-	// never split, so the buffer grows to the longest record.
-	chunk = 64 << 10
+	// chunk of text that is collected before it is compressed. A record is never
+	// split, so the buffer grows to the longest record.
+	chunk = 32 << 10
 	// maxKept is how much memory an encoder keeps of a batch that needed more.
 	maxKept = 4 << 20
 	// maxCached bounds what an encoder remembers: resources, file generations. A node
@@ -38,10 +39,23 @@ const (
 	extra       = "outrigger.extra"
 )
 
+// shared is text that many documents have, and where the body has it last. It
+// belongs to one encoder.
+type shared struct {
+	text []byte
+	mark deflate.Mark
+}
+
+// span is a shared text among those of one document only: it stands before buf[at].
+type span struct {
+	at int
+	*shared
+}
+
 // fragment is what a resource contributes to every record of it, written once.
 type fragment struct {
-	fields  []byte // ,"host.name":"..." and so on
-	service []byte // ,"service.name":"..." for records that name none themselves
+	fields shared // ,"host.name":"..." and so on
+	all    shared // the same with ,"service.name":"..." for records that name none themselves
 	// names that fields holds; true for those that are plain values. parents are
 	// the objects that they lie in.
 	names   map[string]bool
@@ -59,43 +73,51 @@ func newFragment(r *record.Resource, flattened bool) *fragment {
 		return f
 	}
 	f.cluster, f.node = r.Cluster, r.Node
+	f.fields.text = f.describe(r, flattened)
+	f.all.text = bytes.Clone(f.fields.text)
+	if r.Service != "" {
+		f.all.text = append(f.all.text, `,"`+record.ServiceName+`":`...)
+		f.all.text = jsontext.AppendString(f.all.text, r.Service)
+	}
+	return f
+}
+
+// describe returns the fields but for the service's name, and notes their names.
+func (f *fragment) describe(r *record.Resource, flattened bool) (b []byte) {
 	bare := *r
 	bare.Labels = nil
 	fields := (&record.Record{Resource: &bare}).Fields()
 	delete(fields, record.Timestamp)
 	delete(fields, record.Message)
-	if r.Service != "" {
-		f.service = jsontext.AppendString([]byte(`,"`+record.ServiceName+`":`), r.Service)
-		delete(fields, record.ServiceName)
-	}
+	delete(fields, record.ServiceName)
 	add := func(name string, plain bool) {
 		name = clean(name)
 		f.names[name] = plain
 		for p := range parents(name) {
 			f.parents[p] = struct{}{}
 		}
-		f.fields = append(f.fields, ',')
-		f.fields = append(jsontext.AppendString(f.fields, name), ':')
+		b = append(b, ',')
+		b = append(jsontext.AppendString(b, name), ':')
 	}
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		add(name, true)
 		text, _ := fields[name].(string) // all of them are
-		f.fields = jsontext.AppendString(f.fields, text)
+		b = jsontext.AppendString(b, text)
 	}
 	if len(r.Labels) == 0 {
-		return f
+		return b
 	}
 	const labels = "kubernetes.labels"
 	if flattened {
 		add(labels, false)
 		for i, k := range slices.Sorted(maps.Keys(r.Labels)) {
-			f.fields = append(f.fields, "{,"[min(i, 1)])
+			b = append(b, "{,"[min(i, 1)])
 			// Flattened fields refuse NUL in keys.
-			f.fields = append(jsontext.AppendString(f.fields, strings.ReplaceAll(k, "\x00", "_")), ':')
-			f.fields = jsontext.AppendString(f.fields, r.Labels[k])
+			b = append(jsontext.AppendString(b, strings.ReplaceAll(k, "\x00", "_")), ':')
+			b = jsontext.AppendString(b, r.Labels[k])
 		}
-		f.fields = append(f.fields, '}')
-		return f
+		b = append(b, '}')
+		return b
 	}
 	// Two keys may become one name: it then has both values.
 	values := map[string][]string{}
@@ -107,16 +129,16 @@ func newFragment(r *record.Resource, flattened bool) *fragment {
 		add(name, true)
 		v := values[name]
 		if len(v) == 1 {
-			f.fields = jsontext.AppendString(f.fields, v[0])
+			b = jsontext.AppendString(b, v[0])
 			continue
 		}
 		for i, text := range v {
-			f.fields = append(f.fields, "[,"[min(i, 1)])
-			f.fields = jsontext.AppendString(f.fields, text)
+			b = append(b, "[,"[min(i, 1)])
+			b = jsontext.AppendString(b, text)
 		}
-		f.fields = append(f.fields, ']')
+		b = append(b, ']')
 	}
-	return f
+	return b
 }
 
 type fragmentKey struct {
@@ -128,14 +150,17 @@ type fragmentKey struct {
 // what it has learned of resources and files for the next.
 type encoder struct {
 	maxFields int
-	zip       *gzip.Writer // nil without compression
-	out       bytes.Buffer // the body
-	buf       []byte       // plain text that is not in out yet
-	sent      []int        // indices of the records in the body
-	answer    bytes.Buffer // to the request
+	fast      *deflate.Writer // for level 1: it is told what is shared
+	zip       *gzip.Writer    // for the other levels; both are nil without compression
+	out       bytes.Buffer    // the body
+	buf       []byte          // text that is not in out yet, without that of spans
+	spans     []span          // shared text among it, in order; none without fast
+	sent      []int           // indices of the records in the body
+	answer    bytes.Buffer    // to the request
 
 	fragments map[fragmentKey]*fragment
 	places    map[placeKey]*place
+	frames    map[*stream]*frame
 	clock     jsontext.Clock
 
 	// Of the record before, which the next is likely to share.
@@ -143,13 +168,18 @@ type encoder struct {
 	lastFragment *fragment
 	lastPlaceKey placeKey
 	lastPlace    *place
+	lastStream   *stream
+	lastFrame    *frame
 
 	names, parents, renamed []string // scratch of attributes
 }
 
 func newEncoder(compression string, level, maxFields int) (*encoder, error) {
-	e := &encoder{maxFields: maxFields, fragments: map[fragmentKey]*fragment{}, places: map[placeKey]*place{}}
-	if compression == "gzip" {
+	e := &encoder{maxFields: maxFields, fragments: map[fragmentKey]*fragment{}, places: map[placeKey]*place{}, frames: map[*stream]*frame{}}
+	switch {
+	case compression == "gzip" && level == 1:
+		e.fast = deflate.NewWriter()
+	case compression == "gzip":
 		var err error
 		if e.zip, err = gzip.NewWriterLevel(io.Discard, level); err != nil {
 			return nil, fmt.Errorf("elasticsearch: compressionLevel: %w", err)
@@ -164,15 +194,18 @@ func newEncoder(compression string, level, maxFields int) (*encoder, error) {
 // call.
 func (e *encoder) encode(batch []*record.Record, to func(*record.Record) *stream) (rejected []output.Rejection) {
 	e.out.Reset()
-	e.buf, e.sent = e.buf[:0], e.sent[:0]
-	if e.zip != nil {
+	e.buf, e.spans, e.sent = e.buf[:0], e.spans[:0], e.sent[:0]
+	switch {
+	case e.fast != nil:
+		e.fast.Reset(e.out.AvailableBuffer())
+	case e.zip != nil:
 		e.zip.Reset(&e.out)
 	}
 	for i, r := range batch {
-		before := len(e.buf)
+		before, spans := len(e.buf), len(e.spans)
 		var err error
 		if e.buf, err = e.append(e.buf, r, to(r)); err != nil {
-			e.buf = e.buf[:before]
+			e.buf, e.spans = e.buf[:before], e.spans[:spans]
 			rejected = append(rejected, output.Rejection{Index: i, Reason: "cannot be written as JSON: " + err.Error()})
 			continue
 		}
@@ -182,19 +215,40 @@ func (e *encoder) encode(batch []*record.Record, to func(*record.Record) *stream
 		}
 	}
 	e.flush()
-	if e.zip != nil {
+	switch {
+	case e.fast != nil:
+		e.out = *bytes.NewBuffer(e.fast.Close())
+	case e.zip != nil:
 		_ = e.zip.Close() // into memory, which never fails
 	}
 	return rejected
 }
 
 func (e *encoder) flush() {
-	if e.zip != nil {
+	switch {
+	case e.fast != nil:
+		at := 0
+		for _, s := range e.spans {
+			e.fast.Write(e.buf[at:s.at])
+			e.fast.Repeat(&s.mark, s.text)
+			at = s.at
+		}
+		e.fast.Write(e.buf[at:])
+	case e.zip != nil:
 		_, _ = e.zip.Write(e.buf) // into memory, which never fails
-	} else {
+	default:
 		_, _ = e.out.Write(e.buf)
 	}
-	e.buf = e.buf[:0]
+	e.buf, e.spans = e.buf[:0], e.spans[:0]
+}
+
+// share appends a text that other documents have, too.
+func (e *encoder) share(b []byte, s *shared) []byte {
+	if e.fast == nil {
+		return append(b, s.text...)
+	}
+	e.spans = append(e.spans, span{len(b), s})
+	return b
 }
 
 // trim gives back memory that an unusual batch needed.
@@ -261,10 +315,34 @@ func timestamp(r *record.Record) time.Time {
 	return t
 }
 
+// frame is what the documents of a stream begin and end with.
+type frame struct {
+	action shared // {"create":{"_index":"..."
+	fields shared // ,"data_stream.type":"logs" and so on; empty for an index
+	end    shared // the same and }\n
+}
+
+func (e *encoder) frame(s *stream) *frame {
+	if s == e.lastStream {
+		return e.lastFrame
+	}
+	f := e.frames[s]
+	if f == nil {
+		if len(e.frames) >= maxCached {
+			clear(e.frames)
+		}
+		f = &frame{action: shared{text: s.action}, fields: shared{text: s.fields}}
+		f.end.text = append(bytes.Clone(s.fields), '}', '\n')
+		e.frames[s] = f
+	}
+	e.lastStream, e.lastFrame = s, f
+	return f
+}
+
 // append appends the two lines of a record: what to do and the document.
 func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) {
-	f := e.fragment(fragmentKey{r.Resource, s.flattened})
-	b = append(b, s.action...)
+	f, frame := e.fragment(fragmentKey{r.Resource, s.flattened}), e.frame(s)
+	b = e.share(b, &frame.action)
 	var p *place
 	if r.Origin.File != "" || r.Origin.Path != "" {
 		p = e.place(placeKey{r.Origin.File, r.Origin.Path, f.cluster, f.node})
@@ -272,8 +350,7 @@ func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) 
 	// A record without a place gets an id from the server, and is stored twice if it
 	// is sent twice.
 	if r.Origin.File != "" {
-		b = append(b, `,"_id":"`...)
-		b = append(b, p.id[:]...)
+		b = e.share(b, &p.id)
 		b = appendOffset(b, r.Origin.Offset)
 		b = append(b, '"')
 	}
@@ -293,25 +370,28 @@ func (e *encoder) append(b []byte, r *record.Record, s *stream) ([]byte, error) 
 	if r.Stream != "" {
 		b = jsontext.AppendString(append(b, `,"stream":`...), r.Stream)
 	}
-	b = append(b, f.fields...)
 	if r.Service != "" {
+		b = e.share(b, &f.fields)
 		b = jsontext.AppendString(append(b, `,"service.name":`...), r.Service)
-	} else if _, said := r.Attributes[record.ServiceName]; !said {
-		b = append(b, f.service...)
+	} else if _, said := r.Attributes[record.ServiceName]; said {
+		b = e.share(b, &f.fields)
+	} else {
+		b = e.share(b, &f.all)
 	}
 	if r.Origin.Path != "" {
-		b = append(b, p.path...)
-		b = strconv.AppendInt(append(b, `,"log.offset":`...), r.Origin.Offset, 10)
+		b = e.share(b, &p.path)
+		b = strconv.AppendInt(b, r.Origin.Offset, 10)
 	}
 	if r.TruncatedBytes > 0 {
 		b = strconv.AppendInt(append(b, `,"log.truncated_bytes":`...), int64(r.TruncatedBytes), 10)
 	}
-	b = append(b, s.fields...)
-	if len(r.Attributes) > 0 {
-		var err error
-		if b, err = e.attributes(b, r, f, s); err != nil {
-			return b, err
-		}
+	if len(r.Attributes) == 0 {
+		return e.share(b, &frame.end), nil
+	}
+	b = e.share(b, &frame.fields)
+	b, err := e.attributes(b, r, f, s)
+	if err != nil {
+		return b, err
 	}
 	return append(b, '}', '\n'), nil
 }

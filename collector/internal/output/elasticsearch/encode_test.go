@@ -382,15 +382,15 @@ func TestIDs(t *testing.T) {
 			t.Errorf("%d: %q", o, s)
 		}
 	}
-	seen := map[fileID]bool{}
+	seen := map[string]bool{}
 	for _, k := range []placeKey{{"f", "", "c", "n"}, {"f", "", "cn", ""}, {"f", "", "", "cn"}, {"cnf", "", "", ""}, {"f2", "", "c", "n"}} {
-		if id := newPlace(k).id; seen[id] {
+		if id := string(newPlace(k).id.text); seen[id] {
 			t.Errorf("%+v has another's id", k)
 		} else {
 			seen[id] = true
 		}
 	}
-	if newPlace(placeKey{"f", "/a", "c", "n"}).id != newPlace(placeKey{"f", "/b", "c", "n"}).id {
+	if a, b := newPlace(placeKey{"f", "/a", "c", "n"}), newPlace(placeKey{"f", "/b", "c", "n"}); !bytes.Equal(a.id.text, b.id.text) {
 		t.Error("a file that was renamed has another id")
 	}
 }
@@ -418,6 +418,67 @@ func plainBatch() ([]*record.Record, int) {
 		})
 	}
 	return batch, bodies
+}
+
+// A compressed body is the body: whatever the batch mixes, whatever is rejected in
+// it, with either writer, and again after other bodies.
+func TestCompressedIsTheSame(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 4))
+	resources := []*record.Resource{nil, {}}
+	for i := range 5 {
+		resources = append(resources, &record.Resource{
+			Cluster: "c", Node: "n", Namespace: "shop", Pod: fmt.Sprint("payments-", i), Container: "main", Service: []string{"", "payments"}[i%2], Labels: map[string]string{"app": "x", "team": fmt.Sprint(i % 3)},
+		})
+	}
+	o := &Output{cfg: Config{}.withDefaults()}
+	index := &Output{cfg: Config{Index: "logs", DataStream: new(bool)}.withDefaults()}
+	streams := []*stream{o.newStream("outrigger", false, time.Time{}), o.newStream("outrigger", true, time.Time{}), o.newStream("access", false, time.Time{}), index.newStream("", false, time.Time{})}
+	to := func(r *record.Record) *stream { return streams[int(r.Origin.Offset)%len(streams)] }
+	plain, _ := newTestEncoder(t, "none")
+	fast, _ := newTestEncoder(t, "gzip")
+	small, err := newEncoder("gzip", 6, record.MaxAttributes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for round := range 6 {
+		var batch []*record.Record
+		for n := range 300 {
+			r := randomRecord(rng, resources)
+			if n%10 != 0 { // mostly lines, with runs of one container
+				r.Attributes = nil
+			}
+			if n%3 > 0 {
+				r.Resource, r.Origin.Path = batch[n-1].Resource, batch[n-1].Origin.Path
+			}
+			if n%50 == 7 {
+				r.Attributes = map[string]any{"no": "JSON", "what": func() {}}
+			}
+			if n == 100 && round%2 == 0 {
+				r.Body = strings.Repeat("a long line ", record.MaxBody/12)
+			}
+			batch = append(batch, r)
+		}
+		rejected := plain.encode(batch, to)
+		if len(rejected) == 0 || len(plain.sent) == 0 {
+			t.Fatalf("%d rejected, %d sent", len(rejected), len(plain.sent))
+		}
+		for name, e := range map[string]*encoder{"1": fast, "6": small} {
+			if diff := cmp.Diff(rejected, e.encode(batch, to)); diff != "" {
+				t.Errorf("level %s: %s", name, diff)
+			}
+			if diff := cmp.Diff(plain.sent, e.sent); diff != "" {
+				t.Errorf("level %s: %s", name, diff)
+			}
+			z, err := gzip.NewReader(&e.out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text, err := io.ReadAll(z)
+			if err != nil || !bytes.Equal(text, plain.out.Bytes()) {
+				t.Fatalf("round %d, level %s: %d bytes of %d: %v", round, name, len(text), plain.out.Len(), err)
+			}
+		}
+	}
 }
 
 // A record costs no allocation once its container and file are known, unless its

@@ -48,16 +48,18 @@ func appendOffset(b []byte, offset int64) []byte {
 
 // place is what the records of one file generation share.
 type place struct {
-	id   fileID
-	path []byte // ,"log.file.path":"..."
+	id   shared // ,"_id":"... to the file's part of it
+	path shared // ,"log.file.path":"...","log.offset":
 }
 
 type placeKey struct{ file, path, cluster, node string }
 
 func newPlace(k placeKey) *place {
-	p := &place{id: newFileID(k.cluster, k.node, k.file)}
+	id := newFileID(k.cluster, k.node, k.file)
+	p := &place{id: shared{text: append([]byte(`,"_id":"`), id[:]...)}}
 	if k.path != "" {
-		p.path = jsontext.AppendString([]byte(`,"`+record.FilePath+`":`), k.path)
+		p.path.text = jsontext.AppendString([]byte(`,"`+record.FilePath+`":`), k.path)
+		p.path.text = append(p.path.text, `,"`+record.FileOffset+`":`...)
 	}
 	return p
 }
