@@ -517,10 +517,14 @@ func (p *parts) replay(output string) (int64, error) {
 func (p *parts) why() any {
 	out := struct {
 		Time    time.Time         `json:"time"`
+		Since   time.Time         `json:"since"` // all that was dropped from then on is among the reasons
 		Reasons []pipeline.Reason `json:"reasons"`
-	}{time.Now().UTC(), []pipeline.Reason{}}
+	}{time.Now().UTC(), time.Time{}, []pipeline.Reason{}}
 	for _, pl := range p.pipelines {
-		out.Reasons = append(out.Reasons, pl.Why()...)
+		reasons, since := pl.Why()
+		if out.Reasons = append(out.Reasons, reasons...); since.After(out.Since) {
+			out.Since = since
+		}
 	}
 	return out
 }

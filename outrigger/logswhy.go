@@ -38,8 +38,9 @@ func (c *cli) logsWhy() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "why [POD]",
 		Short: "Say which rule, quota or rejection took which lines, with samples",
-		Long: `Say which rule, quota or rejection took which lines since the collector started,
-with samples. POD is the beginning of a pod's name; without it all are shown.
+		Long: `Say which rule, quota or rejection took which lines in the last seven days, with
+samples; a restart of the collector forgets at most the last five seconds. POD is the
+beginning of a pod's name; without it all are shown.
 What was never read (rotated_away, truncated) is in outrigger logs audit --by pod.`,
 		Example: "  outrigger logs why payments --namespace shop",
 		Args:    cobra.MaximumNArgs(1),
@@ -50,7 +51,8 @@ What was never read (rotated_away, truncated) is in outrigger logs audit --by po
 			}
 			defer func() { _ = body.Close() }() // the answer has been read or given up
 			var answer struct {
-				Reasons []reason `json:"reasons"`
+				Since   time.Time `json:"since"`
+				Reasons []reason  `json:"reasons"`
 			}
 			if err := json.NewDecoder(io.LimitReader(body, maxAudit)).Decode(&answer); err != nil {
 				return fmt.Errorf("the collector at %s sent reasons that cannot be read: %w", c.collector, err)
@@ -66,7 +68,7 @@ What was never read (rotated_away, truncated) is in outrigger logs audit --by po
 				enc.SetIndent("", "  ")
 				return enc.Encode(shown)
 			}
-			return printReasons(c.stdout, shown)
+			return printReasons(c.stdout, shown, answer.Since)
 		},
 	}
 	cmd.Flags().StringVarP(&namespace, "namespace", "n", "", "of this namespace only")
@@ -74,10 +76,10 @@ What was never read (rotated_away, truncated) is in outrigger logs audit --by po
 	return cmd
 }
 
-func printReasons(w io.Writer, reasons []reason) error {
+func printReasons(w io.Writer, reasons []reason, since time.Time) error {
 	var b strings.Builder
 	if len(reasons) == 0 {
-		b.WriteString("No rule, quota or rejection has taken a line since the collector started.\n")
+		fmt.Fprintf(&b, "No rule, quota or rejection has taken a line since %s.\n", since.UTC().Format(time.RFC3339))
 	}
 	for _, r := range reasons {
 		where := strings.Join([]string{r.Namespace, r.Pod, r.Container}, "/")

@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -130,6 +131,12 @@ type Pipeline struct {
 	limiter *limiter
 	// saveFailed is when the last failure to save was told. New uses it, and then the saver.
 	saveFailed time.Time
+
+	// Of the saver alone, as what is written with them (memory).
+	memorySeed   maphash.Seed
+	memorySum    uint64
+	memorySaved  time.Time
+	memoryFailed time.Time
 }
 
 // New opens the checkpoint and the dead letters. It fails where they could not
@@ -168,6 +175,7 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 		return nil, err
 	}
 	p.book = newBook(l, cfg.Name, m)
+	p.remember(time.Now())
 	// The first save tells of a folder that cannot be written to before anything
 	// is read. A disk that is full is no reason not to start: space may come, and
 	// other outputs need none.
@@ -213,6 +221,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	close(stopped)
 	saver.Wait()
 
+	p.saveMemory(time.Now())
 	errs := []error{p.save(), f.Close(), p.dead.close()}
 	if hints != nil {
 		errs = append(errs, hints.Close())
@@ -351,8 +360,9 @@ func (p *Pipeline) PendingIn(folder string) int64 {
 	return p.book.l.PendingOf(func(path string) bool { return strings.HasPrefix(path, below) })
 }
 
-// Why returns what was dropped and rejected since the start, by owner and cause, with samples.
-func (p *Pipeline) Why() []Reason { return p.why.list(p.cfg.Name) }
+// Why returns what was dropped and rejected in the last days, by owner and cause, with samples,
+// and since when that is known.
+func (p *Pipeline) Why() ([]Reason, time.Time) { return p.why.list(p.cfg.Name), p.why.since() }
 
 func (p *Pipeline) measure() {
 	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(p.book.total().Pending))
@@ -412,6 +422,10 @@ func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
 		begun := time.Now()
 		if err := p.save(); err != nil {
 			p.tellSave(err)
+		}
+		if begun.Sub(p.memorySaved) >= rememberEvery {
+			p.memorySaved = begun
+			p.saveMemory(begun)
 		}
 		if err := p.clearReplayed(); err != nil {
 			p.log.Warn("a file of replayed dead letters cannot be deleted", "error.message", err.Error())

@@ -2,6 +2,7 @@ package pipeline
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -28,7 +29,8 @@ type Reason struct {
 	Rule      string    `json:"rule,omitempty"` // or what the backend said
 	Records   int64     `json:"records"`
 	Bytes     int64     `json:"bytes"`
-	Last      time.Time `json:"last"` // time of the last such record
+	Last      time.Time `json:"last"`  // time of the last such record
+	Noted     time.Time `json:"noted"` // when that was read
 	Samples   []string  `json:"samples"`
 }
 
@@ -37,11 +39,12 @@ type reasonKey struct {
 	cause                           ledger.Cause
 }
 
-// reasons remembers since the start what was dropped, with samples. When it is full the rest
-// is added up without names.
+// reasons remembers what was dropped, with samples. When it is full the rest is added up
+// without names.
 type reasons struct {
-	mu sync.Mutex
-	m  map[reasonKey]*Reason
+	mu    sync.Mutex
+	m     map[reasonKey]*Reason
+	begun time.Time
 }
 
 func newReasons() *reasons { return &reasons{m: map[reasonKey]*Reason{}} }
@@ -67,7 +70,7 @@ func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes 
 	}
 	x.Records++
 	x.Bytes += bytes
-	x.Last = r.Time
+	x.Last, x.Noted = r.Time, r.Observed
 	if len(x.Samples) < maxSamples {
 		s := r.Body
 		if len(s) > maxSample {
@@ -91,4 +94,34 @@ func (w *reasons) list(output string) []Reason {
 			cmp.Compare(a.Cause, b.Cause), cmp.Compare(a.Rule, b.Rule))
 	})
 	return out
+}
+
+// restore takes over what an earlier process remembered. It is called before the first note.
+func (w *reasons) restore(m memory, now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.begun = m.Since; w.begun.IsZero() || w.begun.After(now) {
+		w.begun = now
+	}
+	for _, r := range m.Reasons {
+		cause, _ := causeOf(r.Cause) // it was checked
+		w.m[reasonKey{r.Namespace, r.Pod, r.Container, r.Rule, cause}] = &r
+	}
+}
+
+// forget drops what was noted last before then.
+func (w *reasons) forget(then time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	maps.DeleteFunc(w.m, func(_ reasonKey, r *Reason) bool { return r.Noted.Before(then) })
+	if w.begun.Before(then) {
+		w.begun = then
+	}
+}
+
+// since is how far back the reasons go, to the minute.
+func (w *reasons) since() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.begun.Truncate(time.Minute)
 }

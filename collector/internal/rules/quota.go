@@ -1,6 +1,8 @@
 package rules
 
 import (
+	"cmp"
+	"fmt"
 	"slices"
 	"sync"
 
@@ -95,6 +97,88 @@ func (s *Set) Resume(from *Set) {
 		}
 		u.mu.Unlock()
 		s.usages[key] = now
+	}
+}
+
+// Usage is how much of a quota's days a namespace has used, to be taken over by another
+// process.
+type Usage struct {
+	Quota     string `json:"quota"`
+	Namespace string `json:"namespace"` // empty for those that share one
+	Days      []Day  `json:"days"`
+}
+
+// Day is what was counted of a day, in the records' own time.
+type Day struct {
+	Day   int64 `json:"day"` // since 1970, in UTC
+	Bytes int64 `json:"bytes"`
+}
+
+// CheckUsages reports what no Set has returned.
+func CheckUsages(us []Usage) error {
+	if len(us) > 2*maxUsages {
+		return fmt.Errorf("quotas: %d usages; there are %d at most", len(us), 2*maxUsages)
+	}
+	for i, u := range us {
+		if u.Quota == "" || len(u.Days) > days {
+			return fmt.Errorf("quotas: usage %d is of quota %q and has %d days; it needs a name and at most %d", i, u.Quota, len(u.Days), days)
+		}
+		for _, d := range u.Days {
+			if d.Bytes < 0 || d.Bytes > 1<<60 {
+				return fmt.Errorf("quotas: usage %d has %d bytes on day %d", i, d.Bytes, d.Day)
+			}
+		}
+	}
+	return nil
+}
+
+// Usages returns what quotas by day have counted, by quota and namespace.
+func (s *Set) Usages() []Usage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := []Usage{}
+	for key, u := range s.usages {
+		if u.quota.perDay == 0 {
+			continue
+		}
+		x := Usage{Quota: key.quota, Namespace: key.namespace}
+		u.mu.Lock()
+		for _, c := range u.day {
+			if c.bytes > 0 {
+				x.Days = append(x.Days, Day{c.at, c.bytes})
+			}
+		}
+		u.mu.Unlock()
+		if len(x.Days) > 0 {
+			slices.SortFunc(x.Days, func(a, b Day) int { return cmp.Compare(a.Day, b.Day) })
+			out = append(out, x)
+		}
+	}
+	slices.SortFunc(out, func(a, b Usage) int {
+		return cmp.Or(cmp.Compare(a.Quota, b.Quota), cmp.Compare(a.Namespace, b.Namespace))
+	})
+	return out
+}
+
+// Restore takes over what another process has counted, for quotas that still have their name,
+// and where Resume has brought nothing. It is called before the first record is judged.
+func (s *Set) Restore(us []Usage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, x := range us {
+		i := slices.IndexFunc(s.quotas, func(q *quota) bool { return q.name == x.Quota })
+		key := usageKey{x.Quota, x.Namespace}
+		if i < 0 || s.usages[key] != nil || len(s.usages) >= maxUsages && x.Namespace != "" {
+			continue
+		}
+		u := &usage{quota: s.quotas[i], sent: map[streamKey]*past{}}
+		for _, d := range x.Days {
+			u.day[slot(d.Day, days)] = count{d.Day, d.Bytes}
+		}
+		if s.usages == nil {
+			s.usages = map[usageKey]*usage{}
+		}
+		s.usages[key] = u
 	}
 }
 
