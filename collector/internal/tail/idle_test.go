@@ -173,6 +173,15 @@ func BenchmarkHintedSweep(b *testing.B) {
 	}
 }
 
+// So it does where nothing is to be done at all.
+func BenchmarkEmptySweep(b *testing.B) {
+	q := silent(b, 5000)
+	b.ReportAllocs()
+	for b.Loop() {
+		q.f.Sweep(false, nil, nil)
+	}
+}
+
 func BenchmarkFullSweep(b *testing.B) {
 	q := silent(b, 5000)
 	b.ReportAllocs()

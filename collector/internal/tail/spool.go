@@ -91,6 +91,9 @@ func (f *Follower) linkPath(l *containerLog, name string) string {
 
 // succeed notes whether the generation follows the one before, in the spool too.
 func (f *Follower) succeed(l *containerLog, g *generation, s succession) {
+	if g.after == s {
+		return
+	}
 	g.after = s
 	if g.link == "" {
 		return
