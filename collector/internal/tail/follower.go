@@ -822,6 +822,7 @@ func (f *Follower) find(l *containerLog, path string) error {
 				f.missed = true
 				f.verify(l, g) // so that what is pending is known without reading it
 			}
+			f.closeIdle(g)
 			return nil
 		}
 	}

@@ -35,6 +35,7 @@ type Hints struct {
 	changed map[string]bool  // folders
 	lost    bool             // the kernel or a limit lost some
 	deaf    bool             // none will come any more
+	closed  bool
 	told    bool
 	path    []byte // room for one
 }
@@ -66,6 +67,9 @@ func NewHints(log *slog.Logger) (*Hints, error) {
 
 // Close stops listening and waits for it.
 func (h *Hints) Close() error {
+	h.mu.Lock()
+	h.closed = true
+	h.mu.Unlock()
 	err := h.file.Close()
 	<-h.done
 	return err
@@ -76,6 +80,9 @@ func (h *Hints) Close() error {
 func (h *Hints) Watch(folder string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.closed {
+		return
+	}
 	var watch int
 	var added error
 	err := h.control(func(fd int) {
@@ -85,7 +92,7 @@ func (h *Hints) Watch(folder string) {
 		h.keep(int32(watch), folder)
 		return
 	}
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, os.ErrClosed) { // deleted meanwhile
+	if errors.Is(err, fs.ErrNotExist) { // deleted meanwhile
 		return
 	}
 	h.lost = true
@@ -96,7 +103,7 @@ func (h *Hints) Watch(folder string) {
 	}
 }
 
-// control calls f with the inotify instance, unless it is closed.
+// control calls f with the inotify instance.
 func (h *Hints) control(f func(fd int)) error {
 	raw, err := h.file.SyscallConn()
 	if err != nil {

@@ -275,16 +275,21 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 			break
 		}
 	}
-	now := stampOf(f.cfg.Now())
-	switch {
-	case g.quietSince == 0:
-		g.quietSince = now
-	case g.link != "" && g.long == nil && g.offset == g.size && g.quietSince.until(now) > idleAfter:
-		if err := g.close(); err != nil {
-			f.failed("close", g.path, err)
-		}
+	if g.quietSince == 0 {
+		g.quietSince = stampOf(f.cfg.Now())
 	}
+	f.closeIdle(g)
 	return atEnd
+}
+
+// closeIdle closes a file that is read to its end and quiet. Its link keeps it meanwhile.
+func (f *Follower) closeIdle(g *generation) {
+	if g.file == nil || g.link == "" || g.long != nil || g.offset != g.size || g.quietSince == 0 || g.quietSince.until(stampOf(f.cfg.Now())) <= idleAfter {
+		return
+	}
+	if err := g.close(); err != nil {
+		f.failed("close", g.path, err)
+	}
 }
 
 // unreadable gives up the rest of a damaged compressed file.

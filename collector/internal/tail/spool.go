@@ -91,6 +91,9 @@ func (f *Follower) linkPath(l *containerLog, name string) string {
 
 // succeed notes whether the generation follows the one before, in the spool too.
 func (f *Follower) succeed(l *containerLog, g *generation, s succession) {
+	if g.after == s {
+		return
+	}
 	g.after = s
 	if g.link == "" {
 		return
@@ -183,7 +186,7 @@ func (f *Follower) restoreOne(live, link, id string) {
 	l := f.logOf(live)
 	// Whether it still has a name of kubelet's is seen by the sweep: find goes by
 	// the inode. Until then it counts as deleted.
-	g := &generation{path: live, dev: dev, ino: ino, link: filepath.Base(link), gone: true, restored: true, modified: stampOf(info.ModTime()), after: adjacent}
+	g := &generation{path: l.path, dev: dev, ino: ino, link: strings.Clone(filepath.Base(link)), gone: true, restored: true, modified: stampOf(info.ModTime()), after: adjacent}
 	if strings.HasSuffix(link, apartMark) {
 		g.after = apart
 	}
