@@ -12,7 +12,6 @@ package deflate
 
 import (
 	"encoding/binary"
-	"hash/crc32"
 	"math/bits"
 )
 
@@ -25,7 +24,7 @@ const (
 	maxSymbols = 64 << 10                              // of a block
 	maxHeld    = 64 << 10                              // of one match, before its last piece
 	maxPieces  = 2 * ((maxHeld+maxPlain)/maxMatch + 2) // symbols of it
-	hashBits   = 13
+	hashBits   = 14
 	slot       = 32 // bytes
 	spare      = 8  // behind plain, so that its last bytes can be read as a word
 )
@@ -67,7 +66,7 @@ type Writer struct {
 	out  []byte
 	acc  uint64 // bits of the last byte, which is not full
 	have uint   // how many: fewer than 8
-	crc  uint32
+	crc  uint32 // its register
 
 	// Positions count the bytes of all streams, so that what a mark says of an earlier
 	// stream lies outside this one.
@@ -132,13 +131,13 @@ func (w *Writer) Reset(out []byte) {
 	w.base += int64(w.end) - window
 	w.end, w.symbols, w.cut = window, w.symbols[:0], false
 	w.block, w.whole, w.held = window, true, held{}
-	w.crc, w.acc, w.have = 0, 0, 0
+	w.crc, w.acc, w.have = ^uint32(0), 0, 0
 	w.out = append(out, header...)
 }
 
 // Write adds bytes to the stream. They are copied.
 func (w *Writer) Write(novel []byte) {
-	w.crc = crc32.Update(w.crc, crc32.IEEETable, novel)
+	w.crc = sum(w.crc, novel)
 	for len(novel) > 0 {
 		i := w.next()
 		if i >= maxPlain {
@@ -172,9 +171,9 @@ func (w *Writer) Repeat(at *Mark, b []byte) {
 			source = at.before
 		}
 		if at.passes == nil {
-			at.passes, at.sum = w.passing(len(b)), ^crc32.Update(^uint32(0), crc32.IEEETable, b)
+			at.passes, at.sum = w.passing(len(b)), sum(0, b)
 		}
-		w.crc = ^(at.passes.apply(^w.crc) ^ at.sum)
+		w.crc = at.passes.apply(w.crc) ^ at.sum
 		w.hold(len(b), int(w.at-source.at), int(source.next-w.base))
 		w.at += int64(len(b))
 		w.cut, w.whole, w.trust = true, false, max(w.trust, 1)
@@ -196,7 +195,7 @@ func (w *Writer) Close() []byte {
 	if w.have > 0 {
 		w.put(0, 8-w.have)
 	}
-	out := binary.LittleEndian.AppendUint32(w.out, w.crc)
+	out := binary.LittleEndian.AppendUint32(w.out, ^w.crc)
 	out = binary.LittleEndian.AppendUint32(out, uint32(w.at-w.start)) // modulo 2^32, says RFC 1952
 	w.out = nil
 	return out
