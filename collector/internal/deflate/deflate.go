@@ -15,13 +15,15 @@ import (
 	"math/bits"
 )
 
-// Limits of a Writer, which are its memory: novel bytes (128 KiB) and where they
-// belong (64 KiB), the table (32 KiB) and the symbols of a block (264 KiB), half a MiB
-// with the codes, however long the stream is or a piece of it.
+// Limits of a Writer, which are its memory: novel bytes (64 KiB) and where they
+// belong (32 KiB), the table (32 KiB), the symbols of a block (70 KiB) and the codes
+// (10 KiB), however long the stream is or a piece of it; and what it knows of lengths
+// that repeat (see maxPassings). More would make streams hardly smaller, and drive
+// what else there is out of the processor's cache.
 const (
 	window     = 32 << 10 // how far back a reference reaches (RFC 1951, section 2)
-	maxPlain   = 4 * window
-	maxSymbols = 64 << 10                              // of a block
+	maxPlain   = 2 * window
+	maxSymbols = 16 << 10                              // of a block
 	maxHeld    = 64 << 10                              // of one match, before its last piece
 	maxPieces  = 2 * ((maxHeld+maxPlain)/maxMatch + 2) // symbols of it
 	hashBits   = 14
