@@ -46,9 +46,11 @@ const (
 )
 
 // Mark remembers where bytes were written last. The zero Mark is one whose bytes
-// were not. It belongs to one Writer and to one slice, whose bytes do not change;
-// Reset makes it a zero Mark, without a visit.
+// were not, and so is, when it is used, one of another Writer, of a stream before the
+// last Reset, or of another slice. The bytes of a slice may not change as long as its
+// mark is used: the stream would be damaged, and its CRC would say so.
 type Mark struct {
+	of           *Writer
 	data         *byte
 	n            int
 	last, before place
@@ -76,8 +78,9 @@ type Writer struct {
 	at    int64 // of what comes next
 
 	// plain holds the novel bytes of the stream behind a window of others, the last
-	// window of them at least, and not what repeats. What stands together in the stream does so here; after a repeat
-	// it goes on in a slot of its own. It moves by whole windows.
+	// window of them at least, and not what repeats. What stands together in the stream
+	// does so here; after a repeat it goes on in a slot of its own. It moves by whole
+	// windows.
 	plain *[maxPlain + spare]byte
 	end   int   // of what is in plain
 	base  int64 // how many have left it
@@ -166,7 +169,10 @@ func (w *Writer) Repeat(at *Mark, b []byte) {
 		return
 	}
 	here := place{at: w.at}
-	if at.data == &b[0] && at.n == len(b) && at.last.at >= w.start && w.at-at.last.at <= window {
+	if at.of != w || at.data != &b[0] || at.n != len(b) {
+		*at = Mark{of: w, data: &b[0], n: len(b)}
+	}
+	if at.last.at >= w.start && w.at-at.last.at <= window {
 		source := at.last
 		// To go on with the match before takes less than to begin another.
 		if w.held.length > 0 && w.at-at.before.at == int64(w.held.distance) && at.before.at >= w.start {
@@ -180,9 +186,6 @@ func (w *Writer) Repeat(at *Mark, b []byte) {
 		w.at += int64(len(b))
 		w.cut, w.whole, w.trust = true, false, max(w.trust, 1)
 	} else {
-		if at.data != &b[0] || at.n != len(b) {
-			*at = Mark{data: &b[0], n: len(b)}
-		}
 		w.Write(b)
 	}
 	here.next = w.base + int64(w.next())
@@ -342,8 +345,8 @@ func (w *Writer) scan(i, beside, stop, end int) int {
 			return i
 		}
 		from = i
-		if beside = j; j >= s.end || j+2*spare >= i {
-			beside = -1
+		if j < s.end {
+			beside = j
 		}
 	}
 }
@@ -353,11 +356,12 @@ func (w *Writer) scan(i, beside, stop, end int) int {
 // is often the same again. It returns -1 if there are none soon.
 func (w *Writer) follow(i, j, last int) (at, source int) {
 	const (
-		far  = 3 * (spare - 2)
+		far  = 18 // bytes
+		run  = 3  // of bytes is worth a look
 		low  = 0x7f7f7f7f7f7f7f7f
 		high = ^uint64(low)
 	)
-	for n := 0; n < far; n += spare - 2 {
+	for n := 0; n < far; n += spare - run + 1 {
 		x := w.word(i+n) ^ w.word(j+n)
 		same := ^(x&low + low | x) & high // bit 7 of each byte that is
 		if same &= same >> 8 & (same >> 16); same != 0 {
@@ -365,10 +369,10 @@ func (w *Writer) follow(i, j, last int) (at, source int) {
 			if i+n >= last {
 				break
 			}
-			if w.word(i+n)^w.word(j+n) == 0 || (w.word(i+n)^w.word(j+n))<<(64-8*minMatch) == 0 {
+			if (w.word(i+n)^w.word(j+n))<<(64-8*minMatch) == 0 {
 				return i + n, j + n
 			}
-			n -= spare - 2 - 3
+			n -= spare - 2*run + 1 // these are too few: go on behind them
 		}
 	}
 	return i, -1
