@@ -40,28 +40,27 @@ const (
 // format.
 func appendMatch(symbols []uint32, length, distance int) []uint32 {
 	d := distanceSymbol(distance)
-	for length > 0 {
-		n := min(length, maxMatch)
-		if left := length - n; left > 0 && left < shortest {
+	for length > maxMatch {
+		n := maxMatch
+		if length < maxMatch+shortest { // the rest would be too short
 			n -= shortest
 		}
 		length -= n
-		symbols = append(symbols, lengthSymbol(n), d)
+		symbols = append(symbols, lengthSymbols[n], d)
 	}
-	return symbols
+	return append(symbols, lengthSymbols[length], d)
 }
 
-func lengthSymbol(length int) uint32 {
-	x := uint32(length - shortest)
-	switch {
-	case x < 8:
-		return firstLength + x
-	case length == maxMatch:
-		return lastLength
+// lengthSymbols are the symbols of all lengths.
+var lengthSymbols = func() (symbols [maxMatch + 1]uint32) {
+	for length := shortest; length < maxMatch; length++ {
+		x := uint32(length - shortest)
+		n := max(bits.Len32(x)-3, 0)
+		symbols[length] = firstLength + uint32(4*n) + x>>n | x&(1<<n-1)<<extraAt
 	}
-	n := bits.Len32(x) - 3
-	return firstLength + uint32(4*n) + x>>n | x&(1<<n-1)<<extraAt
-}
+	symbols[maxMatch] = lastLength
+	return symbols
+}()
 
 func distanceSymbol(distance int) uint32 {
 	x := uint32(distance - 1)

@@ -1,6 +1,9 @@
 package deflate
 
-import "hash/crc32"
+import (
+	"encoding/binary"
+	"hash/crc32"
+)
 
 // maxPassings bounds how many lengths of repeats a Writer knows; they have 512 bytes
 // each. Over it, all are forgotten and made again.
@@ -16,6 +19,37 @@ func (p *passing) apply(r uint32) uint32 {
 		p[4][r>>16&15] ^ p[5][r>>20&15] ^ p[6][r>>24&15] ^ p[7][r>>28]
 }
 
+// sum returns the register r after the bytes b. hash/crc32 is the fastest for whole
+// blocks and slow for what is left over, or all there is: that takes eight at a time
+// here.
+func sum(r uint32, b []byte) uint32 {
+	if len(b) >= 64 {
+		n := len(b) &^ 15
+		r = ^crc32.Update(^r, crc32.IEEETable, b[:n]) // which has the register inverted
+		b = b[n:]
+	}
+	for ; len(b) >= 8; b = b[8:] {
+		v := binary.LittleEndian.Uint64(b) ^ uint64(r)
+		r = eight[7][v&255] ^ eight[6][v>>8&255] ^ eight[5][v>>16&255] ^ eight[4][v>>24&255] ^
+			eight[3][v>>32&255] ^ eight[2][v>>40&255] ^ eight[1][v>>48&255] ^ eight[0][v>>56]
+	}
+	for _, c := range b {
+		r = eight[0][byte(r)^c] ^ r>>8
+	}
+	return r
+}
+
+// eight has what becomes of a register of eight bits while 1 to 8 bytes pass.
+var eight = func() (t [8][256]uint32) {
+	t[0] = *crc32.IEEETable
+	for n := 1; n < len(t); n++ {
+		for i, r := range t[n-1] {
+			t[n][i] = t[0][byte(r)] ^ r>>8
+		}
+	}
+	return t
+}()
+
 var zeros [4 << 10]byte
 
 // passing returns what n bytes do.
@@ -29,12 +63,12 @@ func (w *Writer) passing(n int) *passing {
 	p := &passing{}
 	for i := range p {
 		for bit := 1; bit < 16; bit *= 2 {
-			r := ^(uint32(bit) << (4 * i)) // hash/crc32 has it inverted
+			r := uint32(bit) << (4 * i)
 			for left := n; left > 0; left -= len(zeros) {
-				r = crc32.Update(r, crc32.IEEETable, zeros[:min(left, len(zeros))])
+				r = sum(r, zeros[:min(left, len(zeros))])
 			}
 			for other := range bit {
-				p[i][bit+other] = p[i][other] ^ ^r
+				p[i][bit+other] = p[i][other] ^ r
 			}
 		}
 	}

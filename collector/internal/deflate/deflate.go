@@ -12,20 +12,21 @@ package deflate
 
 import (
 	"encoding/binary"
-	"hash/crc32"
 	"math/bits"
 )
 
-// Limits of a Writer, which are its memory: novel bytes (128 KiB) and where they
-// belong (64 KiB), the table (32 KiB) and the symbols of a block (264 KiB), half a MiB
-// with the codes, however long the stream is or a piece of it.
+// Limits of a Writer, which are its memory: novel bytes (64 KiB) and where they
+// belong (32 KiB), the table (32 KiB), the symbols of a block (70 KiB) and the codes
+// (10 KiB), however long the stream is or a piece of it; and what it knows of lengths
+// that repeat (see maxPassings). More would make streams hardly smaller, and drive
+// what else there is out of the processor's cache.
 const (
 	window     = 32 << 10 // how far back a reference reaches (RFC 1951, section 2)
-	maxPlain   = 4 * window
-	maxSymbols = 64 << 10                              // of a block
+	maxPlain   = 2 * window
+	maxSymbols = 16 << 10                              // of a block
 	maxHeld    = 64 << 10                              // of one match, before its last piece
 	maxPieces  = 2 * ((maxHeld+maxPlain)/maxMatch + 2) // symbols of it
-	hashBits   = 13
+	hashBits   = 14
 	slot       = 32 // bytes
 	spare      = 8  // behind plain, so that its last bytes can be read as a word
 )
@@ -45,9 +46,11 @@ const (
 )
 
 // Mark remembers where bytes were written last. The zero Mark is one whose bytes
-// were not. It belongs to one Writer and to one slice, whose bytes do not change;
-// Reset makes it a zero Mark, without a visit.
+// were not, and so is, when it is used, one of another Writer, of a stream before the
+// last Reset, or of another slice. The bytes of a slice may not change as long as its
+// mark is used: the stream would be damaged, and its CRC would say so.
 type Mark struct {
+	of           *Writer
 	data         *byte
 	n            int
 	last, before place
@@ -67,7 +70,7 @@ type Writer struct {
 	out  []byte
 	acc  uint64 // bits of the last byte, which is not full
 	have uint   // how many: fewer than 8
-	crc  uint32
+	crc  uint32 // its register
 
 	// Positions count the bytes of all streams, so that what a mark says of an earlier
 	// stream lies outside this one.
@@ -75,8 +78,9 @@ type Writer struct {
 	at    int64 // of what comes next
 
 	// plain holds the novel bytes of the stream behind a window of others, the last
-	// window of them at least, and not what repeats. What stands together in the stream does so here; after a repeat
-	// it goes on in a slot of its own. It moves by whole windows.
+	// window of them at least, and not what repeats. What stands together in the stream
+	// does so here; after a repeat it goes on in a slot of its own. It moves by whole
+	// windows.
 	plain *[maxPlain + spare]byte
 	end   int   // of what is in plain
 	base  int64 // how many have left it
@@ -132,13 +136,13 @@ func (w *Writer) Reset(out []byte) {
 	w.base += int64(w.end) - window
 	w.end, w.symbols, w.cut = window, w.symbols[:0], false
 	w.block, w.whole, w.held = window, true, held{}
-	w.crc, w.acc, w.have = 0, 0, 0
+	w.crc, w.acc, w.have = ^uint32(0), 0, 0
 	w.out = append(out, header...)
 }
 
 // Write adds bytes to the stream. They are copied.
 func (w *Writer) Write(novel []byte) {
-	w.crc = crc32.Update(w.crc, crc32.IEEETable, novel)
+	w.crc = sum(w.crc, novel)
 	for len(novel) > 0 {
 		i := w.next()
 		if i >= maxPlain {
@@ -165,23 +169,23 @@ func (w *Writer) Repeat(at *Mark, b []byte) {
 		return
 	}
 	here := place{at: w.at}
-	if at.data == &b[0] && at.n == len(b) && at.last.at >= w.start && w.at-at.last.at <= window {
+	if at.of != w || at.data != &b[0] || at.n != len(b) {
+		*at = Mark{of: w, data: &b[0], n: len(b)}
+	}
+	if at.last.at >= w.start && w.at-at.last.at <= window {
 		source := at.last
 		// To go on with the match before takes less than to begin another.
 		if w.held.length > 0 && w.at-at.before.at == int64(w.held.distance) && at.before.at >= w.start {
 			source = at.before
 		}
 		if at.passes == nil {
-			at.passes, at.sum = w.passing(len(b)), ^crc32.Update(^uint32(0), crc32.IEEETable, b)
+			at.passes, at.sum = w.passing(len(b)), sum(0, b)
 		}
-		w.crc = ^(at.passes.apply(^w.crc) ^ at.sum)
+		w.crc = at.passes.apply(w.crc) ^ at.sum
 		w.hold(len(b), int(w.at-source.at), int(source.next-w.base))
 		w.at += int64(len(b))
 		w.cut, w.whole, w.trust = true, false, max(w.trust, 1)
 	} else {
-		if at.data != &b[0] || at.n != len(b) {
-			*at = Mark{data: &b[0], n: len(b)}
-		}
 		w.Write(b)
 	}
 	here.next = w.base + int64(w.next())
@@ -196,7 +200,7 @@ func (w *Writer) Close() []byte {
 	if w.have > 0 {
 		w.put(0, 8-w.have)
 	}
-	out := binary.LittleEndian.AppendUint32(w.out, w.crc)
+	out := binary.LittleEndian.AppendUint32(w.out, ^w.crc)
 	out = binary.LittleEndian.AppendUint32(out, uint32(w.at-w.start)) // modulo 2^32, says RFC 1952
 	w.out = nil
 	return out
@@ -341,8 +345,8 @@ func (w *Writer) scan(i, beside, stop, end int) int {
 			return i
 		}
 		from = i
-		if beside = j; j >= s.end || j+2*spare >= i {
-			beside = -1
+		if j < s.end {
+			beside = j
 		}
 	}
 }
@@ -352,11 +356,12 @@ func (w *Writer) scan(i, beside, stop, end int) int {
 // is often the same again. It returns -1 if there are none soon.
 func (w *Writer) follow(i, j, last int) (at, source int) {
 	const (
-		far  = 3 * (spare - 2)
+		far  = 18 // bytes
+		run  = 3  // of bytes is worth a look
 		low  = 0x7f7f7f7f7f7f7f7f
 		high = ^uint64(low)
 	)
-	for n := 0; n < far; n += spare - 2 {
+	for n := 0; n < far; n += spare - run + 1 {
 		x := w.word(i+n) ^ w.word(j+n)
 		same := ^(x&low + low | x) & high // bit 7 of each byte that is
 		if same &= same >> 8 & (same >> 16); same != 0 {
@@ -364,10 +369,10 @@ func (w *Writer) follow(i, j, last int) (at, source int) {
 			if i+n >= last {
 				break
 			}
-			if w.word(i+n)^w.word(j+n) == 0 || (w.word(i+n)^w.word(j+n))<<(64-8*minMatch) == 0 {
+			if (w.word(i+n)^w.word(j+n))<<(64-8*minMatch) == 0 {
 				return i + n, j + n
 			}
-			n -= spare - 2 - 3
+			n -= spare - 2*run + 1 // these are too few: go on behind them
 		}
 	}
 	return i, -1

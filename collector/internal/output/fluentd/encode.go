@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/deflate"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -24,12 +25,20 @@ type encoder struct {
 	fragments map[*record.Resource]*fragment
 	second    int64 // that prefix belongs to
 	prefix    []byte
+	last      span // of the last entry
+}
+
+// span is where an entry has the fields of its resource, which others have, too.
+type span struct {
+	at       int // index of what was encoded
+	fragment *fragment
 }
 
 // fragment is what all records of a resource have in common: its fields, encoded,
 // but for the service's name, which a record may know better.
 type fragment struct {
 	data    []byte
+	mark    deflate.Mark // of data
 	count   int
 	names   map[string]struct{} // of the fields
 	service string
@@ -56,6 +65,7 @@ func (e *encoder) entry(b []byte, r *record.Record) ([]byte, error) {
 	head := len(b)
 	b = append(b, 0xdf, 0, 0, 0, 0) // map 32, counted below
 	count := f.count
+	e.last = span{len(b), f}
 	b = append(b, f.data...)
 	var err error
 	for name, value := range r.Attributes {

@@ -13,9 +13,9 @@ import (
 	"slices"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/deflate"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -36,9 +36,10 @@ type forward struct {
 	limit   int // bytes of a chunk's entries; only ever smaller
 
 	enc    *encoder
-	gzip   *gzip.Writer
+	gzip   *deflate.Writer
 	zstd   *zstd.Encoder
 	packed []byte
+	spans  []span // of packed, one an entry
 	small  bytes.Buffer
 	head   []byte
 	option []byte
@@ -186,7 +187,7 @@ func (f *forward) next(batch []*record.Record) {
 	for ; f.current < f.used; f.current, f.at = f.current+1, 0 {
 		g := &f.groups[f.current]
 		f.ready = chunk{tag: g.tag, indices: make([]int, 0, len(g.indices)-f.at)}
-		f.packed = f.packed[:0]
+		f.packed, f.spans = f.packed[:0], f.spans[:0]
 		for ; f.at < len(g.indices); f.at++ {
 			i := g.indices[f.at]
 			before := len(f.packed)
@@ -204,6 +205,7 @@ func (f *forward) next(batch []*record.Record) {
 				return
 			default:
 				f.ready.indices = append(f.ready.indices, i)
+				f.spans = append(f.spans, f.enc.last)
 				continue
 			}
 			f.packed = f.packed[:before]
@@ -270,7 +272,7 @@ func (f *forward) fly(ctx context.Context, c *conn, batch []*record.Record) erro
 		tag := f.ready.tag
 		f.next(batch)
 		if !f.more && alone && size > minChunkBytes && c.keepalive {
-			f.packed = f.packed[:0]
+			f.packed, f.spans = f.packed[:0], f.spans[:0]
 			if err := w.send(chunk{tag: tag}); err != nil {
 				return err
 			}
@@ -375,7 +377,7 @@ func (w *flight) send(c chunk) error {
 	var err error
 	switch f.cfg.Compression {
 	case "gzip":
-		body, err = f.compressGzip()
+		body = f.compressGzip()
 	case "zstd":
 		body, err = f.compressZstd()
 	}
@@ -490,24 +492,21 @@ func newID() string {
 	return base64.StdEncoding.EncodeToString(id[:])
 }
 
-func (f *forward) compressGzip() ([]byte, error) {
-	f.small.Reset()
+func (f *forward) compressGzip() []byte {
 	if f.gzip == nil {
-		w, err := gzip.NewWriterLevel(&f.small, gzip.BestSpeed)
-		if err != nil {
-			return nil, fmt.Errorf("gzip: %w", err)
-		}
-		f.gzip = w
-	} else {
-		f.gzip.Reset(&f.small)
+		f.gzip = deflate.NewWriter()
 	}
-	if _, err := f.gzip.Write(f.packed); err != nil {
-		return nil, fmt.Errorf("gzip: %w", err)
+	f.small.Reset()
+	f.gzip.Reset(f.small.AvailableBuffer())
+	at := 0
+	for _, s := range f.spans {
+		f.gzip.Write(f.packed[at:s.at])
+		f.gzip.Repeat(&s.fragment.mark, s.fragment.data)
+		at = s.at + len(s.fragment.data)
 	}
-	if err := f.gzip.Close(); err != nil {
-		return nil, fmt.Errorf("gzip: %w", err)
-	}
-	return f.small.Bytes(), nil
+	f.gzip.Write(f.packed[at:])
+	f.small = *bytes.NewBuffer(f.gzip.Close())
+	return f.small.Bytes()
 }
 
 func (f *forward) compressZstd() ([]byte, error) {

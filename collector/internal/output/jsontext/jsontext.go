@@ -6,6 +6,7 @@
 package jsontext
 
 import (
+	"encoding/binary"
 	"math"
 	"math/bits"
 	"strconv"
@@ -19,16 +20,58 @@ const hexDigits = "0123456789abcdef"
 // not UTF-8 become U+FFFD, one each, as encoding/json does.
 func AppendString(b []byte, s string) []byte {
 	b = append(b, '"')
+	start := len(b)
+	b = append(b, s...)
+	if n := plain(b[start:]); n < len(s) {
+		b = appendEscaped(b[:start+n], s[n:])
+	}
+	return append(b, '"')
+}
+
+// plain returns how many bytes b begins with that can stand in a JSON string as
+// they are and do not begin a rune of several bytes.
+func plain(b []byte) int {
+	i := 0
+	for ; i+16 <= len(b); i += 16 {
+		if special(binary.LittleEndian.Uint64(b[i:]))|special(binary.LittleEndian.Uint64(b[i+8:])) != 0 {
+			break
+		}
+	}
+	for ; i+8 <= len(b); i += 8 {
+		if m := special(binary.LittleEndian.Uint64(b[i:])); m != 0 {
+			return i + bits.TrailingZeros64(m)/8
+		}
+	}
+	for i < len(b) && b[i] >= ' ' && b[i] != '"' && b[i] != '\\' && b[i] < utf8.RuneSelf {
+		i++
+	}
+	return i
+}
+
+// special marks the bytes among eight that plain stops at: bit 7 of each. The lowest
+// mark is exact, those above it may be wrong by a borrow.
+func special(x uint64) uint64 {
+	const ones, high = 0x0101010101010101, 0x8080808080808080
+	return (x | (x - ones*' ') | (x ^ ones*'"' - ones) | (x ^ ones*'\\' - ones)) & high
+}
+
+func word(s string) uint64 {
+	_ = s[7]
+	return uint64(s[0]) | uint64(s[1])<<8 | uint64(s[2])<<16 | uint64(s[3])<<24 |
+		uint64(s[4])<<32 | uint64(s[5])<<40 | uint64(s[6])<<48 | uint64(s[7])<<56
+}
+
+// appendEscaped is AppendString without the quotes, for strings that plain stopped in.
+func appendEscaped(b []byte, s string) []byte {
 	start := 0
 	for i := 0; i < len(s); {
-		if i+8 <= len(s) {
-			// Eight bytes at a time: the lowest marked byte is the first that needs a look.
-			if m := special(s[i : i+8]); m == 0 {
+		if i+8 <= len(s) { // to the next byte that needs a look
+			m := special(word(s[i : i+8]))
+			if m == 0 {
 				i += 8
 				continue
-			} else {
-				i += bits.TrailingZeros64(m) / 8
 			}
+			i += bits.TrailingZeros64(m) / 8
 		}
 		c := s[i]
 		if c >= utf8.RuneSelf {
@@ -60,19 +103,7 @@ func AppendString(b []byte, s string) []byte {
 		i++
 		start = i
 	}
-	return append(append(b, s[start:]...), '"')
-}
-
-// special marks the bytes among eight that cannot stand in a JSON string as they
-// are or begin a rune of several bytes: bit 7 of each. The lowest mark is exact,
-// those above it may be wrong by a borrow.
-func special(s string) uint64 {
-	_ = s[7]
-	x := uint64(s[0]) | uint64(s[1])<<8 | uint64(s[2])<<16 | uint64(s[3])<<24 |
-		uint64(s[4])<<32 | uint64(s[5])<<40 | uint64(s[6])<<48 | uint64(s[7])<<56
-	const ones, high = 0x0101010101010101, 0x8080808080808080
-	quote, slash := x^(ones*'"'), x^(ones*'\\')
-	return (x | (x-ones*' ')&^x | (quote-ones)&^quote | (slash-ones)&^slash) & high
+	return append(b, s[start:]...)
 }
 
 // AppendFloat appends a number. What lies beyond the integers of 64 bits is

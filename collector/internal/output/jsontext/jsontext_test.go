@@ -71,3 +71,20 @@ func TestTime(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkString writes lines as programs log them: text, and JSON with quotes.
+func BenchmarkString(b *testing.B) {
+	for name, s := range map[string]string{
+		"text": "INFO  [worker-12] com.example.shop.OrderService - order 12345678 of customer 123456 accepted, reserved in warehouse fra-3 and handed to the carrier after 42 ms",
+		"json": `{"level":"info","msg":"order accepted","order":12345678,"customer":"123456","warehouse":"fra-3","took":42.5,"thread":"worker-12","logger":"com.example.shop"}`,
+	} {
+		b.Run(name, func(b *testing.B) {
+			var out []byte
+			b.SetBytes(int64(len(s)))
+			b.ReportAllocs()
+			for b.Loop() {
+				out = jsontext.AppendString(out[:0], s)
+			}
+		})
+	}
+}
