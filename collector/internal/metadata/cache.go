@@ -10,6 +10,8 @@ import (
 	"io/fs"
 	"os"
 	"time"
+
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 )
 
 // The cache file is a line of header and one JSON document:
@@ -119,7 +121,7 @@ func (s *Store) save() {
 		b, err = encode(d)
 	}
 	if err == nil {
-		err = replace(s.cfg.CacheFile, b)
+		err = atomicfile.Write(s.cfg.CacheFile, b, 0o600)
 	}
 	if err != nil {
 		s.metrics.failures.WithLabelValues("cache").Inc()
@@ -128,17 +130,4 @@ func (s *Store) save() {
 		s.dirty = true
 		s.mu.Unlock()
 	}
-}
-
-// replace writes a file whole or not at all.
-func replace(path string, b []byte) error {
-	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(path+".tmp", path)
 }

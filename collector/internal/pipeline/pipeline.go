@@ -30,6 +30,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
@@ -461,37 +462,12 @@ func (p *Pipeline) save() error {
 	if err != nil || b == nil {
 		return err
 	}
-	if err := replaceFile(p.checkpointPath(), b); err != nil {
+	if err := atomicfile.Write(p.checkpointPath(), b, 0o600); err != nil {
 		p.book.touch()
 		return fmt.Errorf("checkpoint: %w; free space in dataDir %s, or move dataDir to a folder that this user may write to", err, p.cfg.DataDir)
 	}
 	p.book.saved(epoch)
 	return nil
-}
-
-// replaceFile replaces a file so that after a crash either the old or the new
-// content is there.
-func replaceFile(path string, b []byte) (err error) {
-	temp := path + ".tmp"
-	f, err := os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return errors.Join(err, os.Remove(temp))
-	}
-	if err := os.Rename(temp, path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // pause waits for d or the end of ctx.

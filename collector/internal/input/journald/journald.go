@@ -29,6 +29,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 	"github.com/outrigger-mesh/outrigger/collector/internal/input/journal"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -192,15 +193,10 @@ func (in *Input) setAside(why string) error {
 }
 
 func (in *Input) keep(cursor string) error {
-	f, err := os.OpenFile(in.cfg.CursorFile+".tmp", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
+	if err := atomicfile.Write(in.cfg.CursorFile, []byte(cursor+"\n"), 0o600); err != nil {
 		return fmt.Errorf("the cursor: %w", err)
 	}
-	_, err = f.WriteString(cursor + "\n")
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("the cursor: %w", err)
-	}
-	return os.Rename(in.cfg.CursorFile+".tmp", in.cfg.CursorFile)
+	return nil
 }
 
 // entry is one line of journalctl.

@@ -374,23 +374,6 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-func TestRetryAfter(t *testing.T) {
-	now := time.Date(2026, 11, 23, 3, 0, 0, 0, time.UTC)
-	f := func(in string, want time.Duration) {
-		t.Helper()
-		if got := output.RetryAfter(in, now); got != want {
-			t.Errorf("retryAfter(%q) = %s; want %s", in, got, want)
-		}
-	}
-	f("", 0)
-	f("5", 5*time.Second)
-	f("-5", 0)
-	f("99999999999", 24*time.Hour)
-	f("Mon, 23 Nov 2026 03:00:30 GMT", 30*time.Second)
-	f("Mon, 23 Nov 2026 02:00:30 GMT", 0)
-	f("soon", 0)
-}
-
 // FuzzVerdicts: whatever a server answers, every record gets one verdict and an
 // answer that is not understood acknowledges nothing.
 func FuzzVerdicts(f *testing.F) {

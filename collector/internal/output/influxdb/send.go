@@ -16,6 +16,8 @@ import (
 	"time"
 
 	influxhttp "github.com/influxdata/influxdb-client-go/v2/api/http"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 )
 
 // send takes batches until the queue is closed and empty. stop ends waiting: a
@@ -260,16 +262,9 @@ func (a answer) rejected() (int, bool) {
 	return 0, false
 }
 
-// retryAfter reads Retry-After (RFC 9110, section 10.2.3), seconds or a date.
+// retryAfter reads Retry-After.
 func (a answer) retryAfter(now time.Time) time.Duration {
-	v := a.header.Get("Retry-After")
-	if n, err := strconv.ParseUint(v, 10, 31); err == nil {
-		return min(time.Duration(n)*time.Second, MaxRetryAfter)
-	}
-	if at, err := http.ParseTime(v); err == nil {
-		return min(max(at.Sub(now), 0), MaxRetryAfter)
-	}
-	return 0
+	return min(output.RetryAfter(a.header.Get("Retry-After"), now), MaxRetryAfter)
 }
 
 // transport adds the token, which it reads anew each time, and keeps the head

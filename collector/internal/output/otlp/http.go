@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -17,6 +16,8 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 )
 
 const protobuf = "application/x-protobuf"
@@ -131,7 +132,7 @@ func refused(resp *http.Response, answer []byte, now time.Time) *refusal {
 	remedy := ""
 	switch code := resp.StatusCode; code {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		r.retryAfter = retryAfter(resp.Header.Get("Retry-After"), now)
+		r.retryAfter = output.RetryAfter(resp.Header.Get("Retry-After"), now)
 	case http.StatusRequestEntityTooLarge:
 		r.tooLarge = true
 	case http.StatusBadRequest, http.StatusUnprocessableEntity:
@@ -148,15 +149,4 @@ func refused(resp *http.Response, answer []byte, now time.Time) *refusal {
 	}
 	r.err = fmt.Errorf("the receiver answers %s%s: %q", resp.Status, remedy, shorten(message))
 	return r
-}
-
-// retryAfter reads the header, in seconds or as a date; 0 if it is neither.
-func retryAfter(value string, now time.Time) time.Duration {
-	if n, err := strconv.ParseUint(value, 10, 31); err == nil {
-		return time.Duration(n) * time.Second
-	}
-	if t, err := http.ParseTime(value); err == nil {
-		return max(t.Sub(now), 0)
-	}
-	return 0
 }
