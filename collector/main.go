@@ -328,7 +328,11 @@ func (p *parts) kubernetes(c *config.Config, node string) error {
 		p.api = m.API
 	}
 	if k.Kubelet != "" {
-		cfg := kube.Config{Server: k.Kubelet, CAFile: k.KubeletCAFile, Insecure: k.KubeletInsecure, TokenFile: cmp.Or(k.TokenFile, inside.TokenFile)}
+		address, err := kube.Expand(k.Kubelet, os.Getenv)
+		if err != nil {
+			return fmt.Errorf("kubernetes.kubelet: %w", err)
+		}
+		cfg := kube.Config{Server: address, CAFile: k.KubeletCAFile, Insecure: k.KubeletInsecure, TokenFile: cmp.Or(k.TokenFile, inside.TokenFile)}
 		if m.Kubelet, err = client("kubelet", cfg); err != nil {
 			return err
 		}

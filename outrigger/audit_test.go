@@ -126,7 +126,8 @@ func TestLogsWhy(t *testing.T) {
 		}
 		fmt.Fprint(w, `{"reasons":[
  {"output":"es","namespace":"shop","pod":"cart-0","container":"app","cause":"rule","rule":"no-health","records":3,"bytes":60,"last":"2026-11-23T03:00:00Z","samples":["GET /healthz\u001b[2J"]},
- {"output":"es","namespace":"web","pod":"cart-1","container":"app","cause":"rejected","rule":"mapping","records":1,"bytes":9,"last":"2026-11-23T03:00:00Z","samples":[]}]}`)
+ {"output":"es","namespace":"web","pod":"cart-1","container":"app","cause":"rejected","rule":"mapping","records":1,"bytes":9,"last":"2026-11-23T03:00:00Z","samples":[]},
+ {"output":"es","namespace":"shop","pod":"silent-0","container":"app","cause":"rule","rule":"annotation outrigger.dev/logs: off","records":0,"bytes":0,"last":"2026-11-23T03:00:00Z","samples":[]}]}`)
 	}
 	out, _, err := asked(t, collector, "", "logs", "why", "cart", "-n", "shop")
 	want := `shop/cart-0/app, output es: 3 records, 60 bytes, cause rule: no-health
@@ -134,6 +135,10 @@ func TestLogsWhy(t *testing.T) {
   | GET /healthz`
 	if err != nil || !strings.HasPrefix(out, want) || strings.ContainsRune(out, '\x1b') || strings.Contains(out, "web/") {
 		t.Errorf("%v, got\n%swant\n%s", err, out, want)
+	}
+	out, _, err = asked(t, collector, "", "logs", "why", "silent")
+	if err != nil || !strings.HasPrefix(out, "shop/silent-0/app, output es: not read at all, cause rule: annotation outrigger.dev/logs: off\n") {
+		t.Errorf("%v\n%s", err, out)
 	}
 	if out, _, err = asked(t, collector, "", "logs", "why", "other"); err != nil || !strings.Contains(out, "No rule, quota or rejection") {
 		t.Errorf("%v\n%s", err, out)

@@ -86,7 +86,11 @@ func printReasons(w io.Writer, reasons []reason, since time.Time) error {
 		if where == "//" {
 			where = "(others)"
 		}
-		fmt.Fprintf(&b, "%s, output %s: %d records, %d bytes, cause %s", clean(where), clean(r.Output), r.Records, r.Bytes, clean(r.Cause))
+		what := fmt.Sprintf("%d records, %d bytes", r.Records, r.Bytes)
+		if r.Records == 0 {
+			what = "not read at all"
+		}
+		fmt.Fprintf(&b, "%s, output %s: %s, cause %s", clean(where), clean(r.Output), what, clean(r.Cause))
 		if r.Rule != "" {
 			fmt.Fprintf(&b, ": %s", clean(r.Rule))
 		}

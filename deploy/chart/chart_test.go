@@ -71,6 +71,7 @@ injector: {failurePolicy: Ignore, podLabels: {team: mesh}, podAnnotations: {a: b
 collector:
   podLabels: {team: mesh}
   podAnnotations: {a: b}
+  kubernetes: {kubelet: verified}
   secrets: [{name: es, mountPath: /etc/outrigger/es}]
   logs:
     outputs: [local, es]
@@ -579,6 +580,30 @@ func TestTheCollectorTakesItsConfiguration(t *testing.T) {
 		}
 		if out, err := exec.CommandContext(t.Context(), bin, "--config", path, "--check").CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s\n%s", name, err, out, config)
+		}
+	}
+}
+
+// The kubelet is asked by who may ask it for its pods and no more, at the address of the
+// node, and it is not trusted without a reason.
+func TestAskingTheKubelet(t *testing.T) {
+	for how, want := range map[string]string{
+		"verified": "kubelet: https://$(NODE_IP):10250\n  kubeletCAFile: /var/run/secrets/kubernetes.io/serviceaccount/ca.crt",
+		"insecure": "kubelet: https://$(NODE_IP):10250\n  kubeletInsecure: true",
+		"":         "",
+	} {
+		r := render(t, values(t, `collector: {kubernetes: {kubelet: "`+how+`"}}`), options())
+		config := get[*corev1.ConfigMap](t, r, "ConfigMap", "outrigger-collector").Data["collector.yaml"]
+		if how != "" && !strings.Contains(config, want) || how == "" && strings.Contains(config, "kubelet") {
+			t.Errorf("%q: %s", how, config)
+		}
+		role := get[*rbacv1.ClusterRole](t, r, "ClusterRole", "outrigger-collector")
+		if may := slices.ContainsFunc(role.Rules, func(r rbacv1.PolicyRule) bool { return slices.Contains(r.Resources, "nodes/pods") }); may != (how != "") {
+			t.Errorf("%q: may ask the kubelet: %v", how, may)
+		}
+		pod := get[*appsv1.DaemonSet](t, r, "DaemonSet", "outrigger-collector").Spec.Template.Spec
+		if set := slices.ContainsFunc(pod.Containers[0].Env, func(e corev1.EnvVar) bool { return e.Name == "NODE_IP" }); set != (how != "") {
+			t.Errorf("%q: has $NODE_IP: %v", how, set)
 		}
 	}
 }

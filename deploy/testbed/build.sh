@@ -38,7 +38,7 @@ build() {
 		mv "$out/.$name" "$out/$name"
 		say "$name: built in $((SECONDS - started)) s"
 	fi
-	ln -sfn "$out/$name" "$cache/bin/$name"
+	ln -sfn "../${out##*/}/$name" "$cache/bin/$name" # relative: a checkout may be moved
 }
 
 version=$(cd "$here/kubernetes" && go list -m -f '{{.Version}}' k8s.io/kubernetes)

@@ -75,6 +75,28 @@ func InCluster(getenv func(string) string) (Config, bool) {
 	return Config{Server: "https://" + net.JoinHostPort(host, port), CAFile: accountFolder + "/ca.crt", TokenFile: accountFolder + "/token"}, true
 }
 
+// Expand puts the environment, which getenv reads, into the address of a server:
+// https://$(NODE_IP):10250, as Kubernetes writes it. So one configuration serves
+// all nodes. A variable that is not set is an error, and so is a $( that is not closed.
+func Expand(server string, getenv func(string) string) (string, error) {
+	before, rest, found := strings.Cut(server, "$(")
+	if !found {
+		return server, nil
+	}
+	name, after, closed := strings.Cut(rest, ")")
+	if !closed {
+		return "", fmt.Errorf("kube: server %q: the $( is not closed: write it as https://$(NODE_IP):10250", server)
+	}
+	value := getenv(name)
+	if value == "" {
+		return "", fmt.Errorf("kube: server %q: the environment has no %s: set it, or write the address", server, name)
+	}
+	if strings.Contains(value, ":") { // IPv6
+		value = "[" + value + "]"
+	}
+	return before + value + after, nil
+}
+
 // Client is safe for concurrent use.
 type Client struct {
 	cfg    Config

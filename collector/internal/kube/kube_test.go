@@ -261,3 +261,19 @@ func TestConfig(t *testing.T) {
 		t.Error("in a cluster without its environment")
 	}
 }
+
+func TestExpand(t *testing.T) {
+	env := map[string]string{"NODE_IP": "10.0.0.5", "V6": "fd00::5"}
+	for in, want := range map[string]string{
+		"https://10.0.0.9:10250":   "https://10.0.0.9:10250",
+		"https://$(NODE_IP):10250": "https://10.0.0.5:10250",
+		"https://$(V6):10250":      "https://[fd00::5]:10250",
+		"https://$(ABSENT):10250":  "has no ABSENT",
+		"https://$(NODE_IP:10250":  "is not closed",
+	} {
+		got, err := Expand(in, func(k string) string { return env[k] })
+		if err == nil && got != want || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %q %v, want %q", in, got, err, want)
+		}
+	}
+}

@@ -68,6 +68,9 @@ func (p *Pipeline) programOf(r *record.Resource) *rules.Program {
 // policy is how a container's lines are read.
 func (p *Pipeline) policy(r *record.Resource) tail.Policy {
 	program := p.programOf(r)
+	if off := program.Off(); off != "" {
+		p.why.unread(r, off)
+	}
 	lines := program.Multiline()
 	return tail.Policy{Off: program.Off(), Grouper: func() tail.Grouper { g := lines.Grouper(); return &g }}
 }

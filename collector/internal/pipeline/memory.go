@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 )
@@ -124,7 +125,7 @@ func (p *Pipeline) saveMemory(now time.Time) {
 	p.why.forget(now.Add(-reasonsFor))
 	b, err := json.Marshal(memory{Version: memoryVersion, Since: p.why.since(), Reasons: p.why.list(""), Quotas: p.cfg.Rules.Usages()})
 	if sum := maphash.Bytes(p.memorySeed, b); err == nil && sum != p.memorySum {
-		if err = replaceFile(p.memoryPath(), b); err == nil {
+		if err = atomicfile.Write(p.memoryPath(), b, 0o600); err == nil {
 			p.memorySum = sum
 		}
 	}

@@ -27,10 +27,10 @@ type Reason struct {
 	Container string    `json:"container"`
 	Cause     string    `json:"cause"`
 	Rule      string    `json:"rule,omitempty"` // or what the backend said
-	Records   int64     `json:"records"`
+	Records   int64     `json:"records"`        // 0: the log is not read at all; its bytes are in the account
 	Bytes     int64     `json:"bytes"`
-	Last      time.Time `json:"last"`  // time of the last such record
-	Noted     time.Time `json:"noted"` // when that was read
+	Last      time.Time `json:"last"`  // time of the last such record; of a log that is not read, when that was decided
+	Noted     time.Time `json:"noted"` // when the record was read
 	Samples   []string  `json:"samples"`
 }
 
@@ -56,18 +56,7 @@ func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes 
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := reasonKey{from.Namespace, from.Pod, from.Container, rule, cause}
-	x := w.m[k]
-	if x == nil {
-		if len(w.m) >= maxReasons {
-			k = reasonKey{cause: cause}
-			x = w.m[k]
-		}
-		if x == nil {
-			x = &Reason{Namespace: k.namespace, Pod: k.pod, Container: k.container, Cause: cause.String(), Rule: k.rule}
-			w.m[k] = x
-		}
-	}
+	x := w.of(from, cause, rule)
 	x.Records++
 	x.Bytes += bytes
 	x.Last, x.Noted = r.Time, r.Observed
@@ -78,6 +67,32 @@ func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes 
 		}
 		x.Samples = append(x.Samples, strings.Clone(s)) // not the chunk that the body is part of
 	}
+}
+
+// unread: the container's log is not read at all, so there are no records to count.
+func (w *reasons) unread(from *record.Resource, rule string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now().UTC()
+	x := w.of(from, ledger.ByRule, rule)
+	x.Last, x.Noted = now, now
+}
+
+// of is the reason of a container, or of all others.
+func (w *reasons) of(from *record.Resource, cause ledger.Cause, rule string) *Reason {
+	k := reasonKey{from.Namespace, from.Pod, from.Container, rule, cause}
+	x := w.m[k]
+	if x == nil {
+		if len(w.m) >= maxReasons {
+			k = reasonKey{cause: cause}
+			x = w.m[k]
+		}
+		if x == nil {
+			x = &Reason{Namespace: k.namespace, Pod: k.pod, Container: k.container, Cause: cause.String(), Rule: k.rule, Samples: []string{}}
+			w.m[k] = x
+		}
+	}
+	return x
 }
 
 func (w *reasons) list(output string) []Reason {

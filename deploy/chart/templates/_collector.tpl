@@ -18,7 +18,14 @@
 {{- with $v.logs.batch }}{{ $_ := set $logs "batch" . }}{{ end }}
 {{- with $v.logs.inFlight }}{{ $_ := set $logs "inFlight" . }}{{ end }}
 {{- $_ := set $config "logs" $logs }}
-{{- if $v.kubernetes.watch }}{{ $_ := set $config "kubernetes" (dict "watch" true) }}{{ end }}
+{{- if $v.kubernetes.watch }}
+{{- $kubernetes := dict "watch" true }}
+{{- with $v.kubernetes.kubelet }}
+{{- $_ := set $kubernetes "kubelet" "https://$(NODE_IP):10250" }}
+{{- if eq . "insecure" }}{{ $_ := set $kubernetes "kubeletInsecure" true }}{{ else }}{{ $_ := set $kubernetes "kubeletCAFile" "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt" }}{{ end }}
+{{- end }}
+{{- $_ := set $config "kubernetes" $kubernetes }}
+{{- end }}
 {{- end }}
 {{- with $v.outputs }}{{ $_ := set $config "outputs" . }}{{ end }}
 {{- toYaml $config }}

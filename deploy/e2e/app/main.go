@@ -6,6 +6,7 @@
 //	app get URL               call, and print what came back as JSON lines
 //	app tcp HOST:PORT         what the other side says first, and its echo
 //	app job --url URL         call some times, then end with --exit
+//	app lines                 print numbered lines
 //
 // It knows nothing of the mesh and has no dependency.
 package main
@@ -43,12 +44,12 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("say serve, load, stats, get, tcp or job")
+		return errors.New("say serve, load, stats, get, tcp, job or lines")
 	}
-	verbs := map[string]func(context.Context, []string) error{"serve": serve, "load": load, "stats": stats, "get": get, "tcp": tcp, "job": job}
+	verbs := map[string]func(context.Context, []string) error{"serve": serve, "load": load, "stats": stats, "get": get, "tcp": tcp, "job": job, "lines": lines}
 	verb, ok := verbs[args[0]]
 	if !ok {
-		return fmt.Errorf("%q is not serve, load, stats, get, tcp or job", args[0])
+		return fmt.Errorf("%q is not serve, load, stats, get, tcp, job or lines", args[0])
 	}
 	return verb(ctx, args[1:])
 }
@@ -351,6 +352,34 @@ func job(ctx context.Context, args []string) error {
 	}
 	if *exit != 0 {
 		os.Exit(*exit)
+	}
+	return nil
+}
+
+// lines prints "line 1", "line 2" and so on.
+func lines(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("lines", flag.ContinueOnError)
+	count := fs.Int("count", 0, "how many. 0: for ever")
+	every := fs.Duration("every", 50*time.Millisecond, "how long from one to the next")
+	stay := fs.Bool("stay", false, "wait for SIGTERM after the last")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	tick := time.NewTicker(*every)
+	defer tick.Stop()
+	for i := 1; *count == 0 || i <= *count; i++ {
+		fmt.Println("line", i)
+		if i == *count {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+	if *stay {
+		<-ctx.Done()
 	}
 	return nil
 }

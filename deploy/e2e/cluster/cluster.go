@@ -128,6 +128,54 @@ func (c *Cluster) Stop() {
 	c.group.running.Wait()
 }
 
+// WithoutAPI kills the API server, does something, and brings it back whatever became of it.
+func (c *Cluster) WithoutAPI(ctx context.Context, do func(context.Context) error) error {
+	back, err := c.group.hold("kube-apiserver")
+	if err != nil {
+		return err
+	}
+	doErr := do(ctx)
+	back()
+	return errors.Join(doErr, WaitFor(context.WithoutCancel(ctx), readyWithin, "the API server to be back", func(ctx context.Context) error {
+		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+		return err
+	}))
+}
+
+// StaticPod gives a node the manifest of a pod that its kubelet starts by itself, without
+// the API server; an empty text takes it away.
+func (c *Cluster) StaticPod(node, name, manifest string) error {
+	file := filepath.Join(manifests(filepath.Join(stateFolder(), node)), name+".yaml")
+	if manifest == "" {
+		if err := os.Remove(file); err != nil {
+			return fmt.Errorf("static pod %s of %s: %w", name, node, err)
+		}
+		return nil
+	}
+	if err := os.WriteFile(file, []byte(manifest), 0o600); err != nil {
+		return fmt.Errorf("static pod %s of %s: %w", name, node, err)
+	}
+	return nil
+}
+
+// NodeLog is what the containers of a pod have written into the files of a node, as its
+// kubelet lays them out; it needs no API server.
+func (c *Cluster) NodeLog(node, namespace, pod string) (string, error) {
+	files, err := filepath.Glob(filepath.Join(stateFolder(), node, "own", "var", "log", "pods", namespace+"_"+pod+"_*", "*", "*.log"))
+	if err != nil {
+		return "", fmt.Errorf("the logs of %s: %w", node, err)
+	}
+	var all strings.Builder
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			return "", fmt.Errorf("the logs of %s: %w", node, err)
+		}
+		all.Write(text)
+	}
+	return all.String(), nil
+}
+
 func makePKI(dir string) (*pki, error) {
 	p, err := newPKI(dir)
 	if err != nil {

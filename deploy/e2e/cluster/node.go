@@ -73,6 +73,9 @@ func beNode(file string) error {
 	return nil
 }
 
+// manifests is the folder of a node's static pods.
+func manifests(state string) string { return filepath.Join(state, "manifests") }
+
 // libraries of the unpacked nft, which lie beside it.
 func (c nodeConfig) libraries() string {
 	usr := filepath.Dir(c.Nft)
@@ -110,7 +113,8 @@ func (c nodeConfig) mounts() error {
 		}
 	}
 	// An overlay cannot lie on an overlay's upper layer; the snapshots of containers are overlays.
-	for _, dir := range []string{"/var/lib/containerd", "/var/lib/kubelet", "/var/log/pods", "/var/log/containers"} {
+	// All of /var/log is one mount, as on most nodes: a second name of a log can be made in it.
+	for _, dir := range []string{"/var/lib/containerd", "/var/lib/kubelet", "/var/log"} {
 		source := filepath.Join(c.State, "own", dir)
 		for _, d := range []string{source, dir} {
 			if err := os.MkdirAll(d, 0o755); err != nil {
@@ -201,6 +205,8 @@ imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {memory.available: "100Mi", nodefs.available: "1%", imagefs.available: "1%", nodefs.inodesFree: "1%"}
 syncFrequency: 10s
+staticPodPath: ` + manifests(c.State) + `
+fileCheckFrequency: 2s
 nodeStatusUpdateFrequency: 5s
 registryPullQPS: 0
 kubeAPIQPS: 200
@@ -225,6 +231,9 @@ healthzBindAddress: 127.0.0.1:10256
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			return fmt.Errorf("a file of the node: %w", err)
 		}
+	}
+	if err := os.MkdirAll(manifests(c.State), 0o755); err != nil {
+		return fmt.Errorf("the folder of static pods: %w", err)
 	}
 	if err := os.MkdirAll("/opt/cni/bin", 0o755); err != nil {
 		return fmt.Errorf("the CNI plugins: %w", err)

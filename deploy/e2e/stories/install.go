@@ -21,6 +21,11 @@ const system = "outrigger-system"
 const values = `
 image: {pullPolicy: Never}
 sidecar: {envoyImage: "outrigger-e2e/envoy:here"}
+collector:
+  kubernetes: {kubelet: verified}
+  logs:
+    inputs: {events: {}}
+    rules: [{name: every-tenth, match: {namespaces: [accounts], body: "^line [0-9]*0$"}, drop: true}]
 `
 
 // Install puts the Gateway API and the product into the cluster, as a user would,
