@@ -2,18 +2,16 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/oklog/run"
 
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 	"github.com/outrigger-mesh/outrigger/program"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/admin"
 	"github.com/outrigger-mesh/outrigger/sidecar/internal/mtls"
@@ -54,8 +52,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return fmt.Errorf("--sds-address: %w", err)
 	}
 	defer func() { _ = secrets.Close() }() // closed already where it was served
-	// Last: an Envoy that finds it can ask for everything that it names.
-	if err := replace(cfg.envoyBootstrap, boot); err != nil {
+	// Last: an Envoy that finds it can ask for everything that it names. It runs as
+	// the same user.
+	if err := atomicfile.Write(cfg.envoyBootstrap, boot, 0o600); err != nil {
 		return fmt.Errorf("--write-envoy-bootstrap: %w", err)
 	}
 
@@ -127,23 +126,6 @@ func get(ctx context.Context, client *http.Client, url string) (status int, err 
 		return 0, err
 	}
 	return resp.StatusCode, resp.Body.Close()
-}
-
-// replace writes a file that is whole whenever it is there. Only its owner may
-// read it, which is whom the Envoy runs as.
-func replace(path string, text []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".bootstrap-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
 }
 
 // waitReady returns when the sidecar whose health address this is says that it is

@@ -24,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 	"github.com/outrigger-mesh/outrigger/control-plane/identity/signing"
 )
 
@@ -104,7 +105,7 @@ func (f folder) Create(_ context.Context, files Files) (made bool, err error) {
 			return false, err
 		}
 	}
-	if err := flush(stage); err != nil {
+	if err := atomicfile.SyncFolder(stage); err != nil {
 		return false, err
 	}
 	// Over an empty folder, but never over one that is not.
@@ -114,7 +115,7 @@ func (f folder) Create(_ context.Context, files Files) (made bool, err error) {
 		}
 		return false, fmt.Errorf("put it into its place: %w; name a folder that does not exist yet, inside one that is writable", err)
 	}
-	return true, flush(filepath.Dir(dir))
+	return true, atomicfile.SyncFolder(filepath.Dir(dir))
 }
 
 // Replace implements Store. Certificates are written before keys, so that where it
@@ -208,15 +209,6 @@ func write(path string, text []byte) (err error) {
 		return err
 	}
 	return f.Sync()
-}
-
-func flush(dir string) (err error) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, d.Close()) }()
-	return d.Sync()
 }
 
 // decode checks that what the files hold fits together now.

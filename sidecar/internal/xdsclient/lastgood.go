@@ -9,12 +9,13 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/outrigger-mesh/outrigger/atomicfile"
 )
 
 // The file of the last good configuration is one line,
@@ -103,36 +104,10 @@ func readLastGood(path string) (list []saved, err error) {
 
 // writeLastGood replaces the file as a whole: after a crash there is the old one
 // or the new one.
-func writeLastGood(path string, list []saved) (err error) {
+func writeLastGood(path string, list []saved) error {
 	b, err := encodeLastGood(list)
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err = os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	// The file is good from here on; without this a crash of the machine could
-	// bring back the old one, which is good too.
-	dir, derr := os.Open(filepath.Dir(path))
-	if derr != nil {
-		return nil // the rename has already succeeded
-	}
-	_ = dir.Sync()
-	return dir.Close()
+	return atomicfile.Write(path, b, 0o600)
 }

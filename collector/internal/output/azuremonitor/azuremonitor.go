@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -31,6 +30,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/tlsfiles"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -64,20 +64,11 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 		return nil, err
 	}
 	cfg = cfg.withDefaults()
-	tlsConfig, err := cfg.tls()
+	tlsConfig, err := tlsfiles.Files{CA: cfg.CAFile}.Config("azuremonitor")
 	if err != nil {
 		return nil, err
 	}
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:       tlsConfig,
-		TLSHandshakeTimeout:   10 * time.Second,
-		IdleConnTimeout:       60 * time.Second,
-		MaxIdleConnsPerHost:   cfg.Concurrency,
-		ForceAttemptHTTP2:     true,
-		ResponseHeaderTimeout: cfg.Timeout,
-	}
+	transport := output.Transport(tlsConfig, cfg.Concurrency, cfg.Timeout)
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	return &Output{
 		cfg: cfg, log: log, client: client, transport: transport, tokens: tokens{cfg: cfg, client: client}, writers: make(chan *writer, cfg.Concurrency),

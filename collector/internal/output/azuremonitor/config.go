@@ -1,13 +1,10 @@
 package azuremonitor
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
-	"os"
 	"regexp"
 	"strings"
 	"time"
@@ -167,30 +164,3 @@ func (c Config) GoString() string { return c.String() }
 
 // LogValue is String for slog.
 func (c Config) LogValue() slog.Value { return slog.StringValue(c.String()) }
-
-func secret(field, file string) (string, error) {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w: mount the secret there or correct the path", field, err)
-	}
-	s := strings.TrimSpace(string(data))
-	if s == "" {
-		return "", fmt.Errorf("%s: %s is empty: write the secret into it", field, file)
-	}
-	return s, nil
-}
-
-func (c Config) tls() (*tls.Config, error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("azuremonitor: caFile: %w: mount the certificate there or correct the path", err)
-		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("azuremonitor: caFile: %s holds no PEM certificate: write -----BEGIN CERTIFICATE----- blocks into it", c.CAFile)
-		}
-	}
-	return t, nil
-}

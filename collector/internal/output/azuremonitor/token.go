@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/tlsfiles"
 )
 
 const (
@@ -40,7 +42,7 @@ type tokenError struct {
 	permanent bool
 }
 
-func (e *tokenError) Error() string { return "azuremonitor: access token: " + e.err.Error() }
+func (e *tokenError) Error() string { return e.err.Error() }
 func (e *tokenError) Unwrap() error { return e.err }
 
 // get returns a token that is not refused, the value of one that the service did
@@ -66,21 +68,22 @@ func (t *tokens) get(ctx context.Context, now time.Time, refused string) (string
 }
 
 func (t *tokens) ask(ctx context.Context) (value string, life time.Duration, err error) {
+	const kind = "azuremonitor: access token"
 	fail := func(permanent bool, format string, args ...any) error {
-		return &tokenError{fmt.Errorf(format, args...), permanent}
+		return &tokenError{fmt.Errorf(kind+": "+format, args...), permanent}
 	}
 	form := url.Values{"grant_type": {"client_credentials"}, "client_id": {t.cfg.ClientID}, "scope": {strings.TrimSuffix(t.cfg.Audience, "/") + "/.default"}}
 	if t.cfg.TokenFile != "" {
-		s, err := secret("tokenFile", t.cfg.TokenFile)
+		s, err := tlsfiles.Secret(kind, "tokenFile", t.cfg.TokenFile)
 		if err != nil {
-			return "", 0, fail(true, "%w", err)
+			return "", 0, &tokenError{err, true}
 		}
 		form.Set("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer")
 		form.Set("client_assertion", s)
 	} else {
-		s, err := secret("clientSecretFile", t.cfg.ClientSecretFile)
+		s, err := tlsfiles.Secret(kind, "clientSecretFile", t.cfg.ClientSecretFile)
 		if err != nil {
-			return "", 0, fail(true, "%w", err)
+			return "", 0, &tokenError{err, true}
 		}
 		form.Set("client_secret", s)
 	}

@@ -1,19 +1,17 @@
 package elasticsearch
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/output/tlsfiles"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -262,38 +260,9 @@ func secret(field, inline, file string) (string, error) {
 	if file == "" {
 		return inline, nil
 	}
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("elasticsearch: %s: %w: mount the secret there or correct the path", field, err)
-	}
-	s := strings.TrimSpace(string(data))
-	if s == "" {
-		return "", fmt.Errorf("elasticsearch: %s: %s is empty: write the secret into it", field, file)
-	}
-	return s, nil
+	return tlsfiles.Secret("elasticsearch", field, file)
 }
 
-func (c Config) tls() (*tls.Config, error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("elasticsearch: caFile: %w: mount the certificate there or correct the path", err)
-		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("elasticsearch: caFile: %s holds no PEM certificate: write -----BEGIN CERTIFICATE----- blocks into it", c.CAFile)
-		}
-	}
-	if c.CertFile != "" {
-		// Read at every handshake, so that a renewed certificate is used.
-		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
-			if err != nil {
-				return nil, fmt.Errorf("elasticsearch: certFile, keyFile: %w", err)
-			}
-			return &cert, nil
-		}
-	}
-	return t, nil
+func (c Config) files() tlsfiles.Files {
+	return tlsfiles.Files{CA: c.CAFile, Cert: c.CertFile, Key: c.KeyFile}
 }

@@ -83,21 +83,12 @@ func New(cfg Config, log *slog.Logger) (*Output, error) {
 		return nil, err
 	}
 	cfg = cfg.withDefaults()
-	tlsConfig, err := cfg.tls()
+	tlsConfig, err := cfg.files().Config("elasticsearch")
 	if err != nil {
 		return nil, err
 	}
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:       tlsConfig,
-		TLSHandshakeTimeout:   10 * time.Second,
-		IdleConnTimeout:       60 * time.Second,
-		MaxIdleConnsPerHost:   cfg.Concurrency,
-		ExpectContinueTimeout: time.Second,
-		ForceAttemptHTTP2:     true,
-		ResponseHeaderTimeout: cfg.Timeout,
-	}
+	transport := output.Transport(tlsConfig, cfg.Concurrency, cfg.Timeout)
+	transport.ExpectContinueTimeout = time.Second
 	client, err := es.NewBaseClient(es.Config{Addresses: cfg.Addresses, CloudID: cfg.CloudID, Transport: transport, DisableRetry: true})
 	if err != nil {
 		return nil, fmt.Errorf("elasticsearch: %w", err)

@@ -20,13 +20,6 @@ import (
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
-// A server that failed is left alone from a second to a minute, unless there is no
-// other.
-const (
-	minServerRest = time.Second
-	maxServerRest = time.Minute
-)
-
 // forward sends chunks. It is for one goroutine.
 type forward struct {
 	cfg     Config
@@ -73,12 +66,11 @@ const (
 
 // server is one of those to send to.
 type server struct {
-	address  string
-	weight   int
-	credit   int // for turns by weight
-	conn     *conn
-	failures int
-	rests    time.Time // until then
+	address string
+	weight  int
+	credit  int // for turns by weight
+	conn    *conn
+	rest    output.Rest // it is left alone, unless there is no other
 }
 
 // chunk is one on its way.
@@ -119,9 +111,7 @@ func (s *server) drop() {
 
 func (s *server) failed() {
 	s.drop()
-	rest := min(minServerRest<<min(s.failures, 10), maxServerRest)
-	s.failures++
-	s.rests = time.Now().Add(rest)
+	s.rest.Failed(time.Now())
 }
 
 // Write sends the batch as chunks, one tag a chunk, to one server.
@@ -250,7 +240,7 @@ func (f *forward) ship(ctx context.Context, batch []*record.Record) error {
 			s.failed()
 			return explain(s.address, err)
 		}
-		s.failures = 0
+		s.rest.Worked()
 		if !s.conn.keepalive {
 			s.drop()
 		}
@@ -335,7 +325,7 @@ func (f *forward) connect(ctx context.Context) (*server, error) {
 func (f *forward) order(now time.Time) []*server {
 	var fit, rest []*server
 	for _, s := range f.servers {
-		if s.rests.After(now) {
+		if s.rest.Resting(now) {
 			rest = append(rest, s)
 		} else {
 			fit = append(fit, s)

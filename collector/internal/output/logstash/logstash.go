@@ -34,11 +34,6 @@ import (
 )
 
 const (
-	// A host that failed is left alone from a second to a minute, unless there is no
-	// other.
-	minHostRest = time.Second
-	maxHostRest = time.Minute
-
 	maxWindowBytes = 8 << 20  // of a window's frames before compression
 	maxDocument    = 16 << 20 // bytes; a larger one is rejected
 	maxReason      = 512      // bytes of another's words that are passed on
@@ -72,10 +67,9 @@ const (
 )
 
 type host struct {
-	address  string
-	conn     *conn
-	failures int
-	rests    time.Time // until then
+	address string
+	conn    *conn
+	rest    output.Rest // it is left alone, unless there is no other
 }
 
 // conn is a connection whose windows are all acknowledged between Writes.
@@ -132,9 +126,7 @@ func (h *host) drop() {
 
 func (h *host) failed() {
 	h.drop()
-	rest := min(minHostRest<<min(h.failures, 10), maxHostRest)
-	h.failures++
-	h.rests = time.Now().Add(rest)
+	h.rest.Failed(time.Now())
 }
 
 // Write sends the batch as windows to one host. Events that were acknowledged are,
@@ -181,7 +173,7 @@ func (o *Output) ship(ctx context.Context, batch []*record.Record) error {
 	err = o.exchange(h.conn, next, batch)
 	switch {
 	case err == nil:
-		h.failures = 0
+		h.rest.Worked()
 		return nil
 	case ctx.Err() != nil: // it broke because we broke it
 		h.drop()
@@ -339,7 +331,7 @@ func (o *Output) connect(ctx context.Context) (*host, error) {
 	var fit, rest []*host
 	for i := range o.hosts {
 		h := o.hosts[(o.turn+i)%len(o.hosts)]
-		if h.rests.After(now) {
+		if h.rest.Resting(now) {
 			rest = append(rest, h)
 		} else {
 			fit = append(fit, h)

@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -32,16 +31,7 @@ type httpWire struct {
 }
 
 func newHTTP(cfg Config, u *url.URL, config *tls.Config) *httpWire {
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:       config,
-		TLSHandshakeTimeout:   10 * time.Second,
-		IdleConnTimeout:       60 * time.Second,
-		MaxIdleConnsPerHost:   concurrency,
-		ForceAttemptHTTP2:     true,
-		ResponseHeaderTimeout: cfg.Timeout,
-	}
+	transport := output.Transport(config, concurrency, cfg.Timeout)
 	target := *u
 	if !strings.HasSuffix(target.Path, "/v1/logs") {
 		target = *target.JoinPath("v1/logs")
