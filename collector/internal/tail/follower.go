@@ -632,15 +632,18 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 		}
 	}
 	if len(l.gens) != before {
-		slices.SortStableFunc(l.gens, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
+		l.place()
 	}
 	for i, g := range l.gens {
 		switch {
 		case !g.named:
 		case i == 0:
-			// Something is open if what was before it had to be given up.
-			if g.after == unknown && l.open() {
-				f.succeed(l, g, apart)
+			if g.after == unknown {
+				s := adjacent
+				if l.open() { // what was before it had to be given up
+					s = apart
+				}
+				f.succeed(l, g, s)
 			}
 		case f.follows(l, l.gens[i-1], g, n):
 			f.succeed(l, g, adjacent)
@@ -649,6 +652,22 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 		}
 	}
 	return complete
+}
+
+// place moves the new generations to where they belong by age. The others keep their order,
+// whatever has become of their names.
+func (l *containerLog) place() {
+	for i, g := range l.gens {
+		if g.after != unknown {
+			continue
+		}
+		at := i
+		for at > 0 && l.age(l.gens[at-1]) > l.age(g) {
+			at--
+		}
+		copy(l.gens[at+1:i+1], l.gens[at:i])
+		l.gens[at] = g
+	}
 }
 
 // follows reports whether the listing proves that no generation lay between older and g. The
