@@ -322,3 +322,19 @@ func TestNamelessComesFirst(t *testing.T) {
 		})
 	}
 }
+
+// A rename is half seen: the live file has lost its name to the next one, and its stamp is not
+// known yet. It keeps its place, whatever the stamps of others say.
+func TestHalfSeenRenameKeepsItsPlace(t *testing.T) {
+	n := spooled(t)
+	n.write(cart, "F 1")
+	n.rotate(cart+".20991231-000000", "F 2")
+	n.f.Sweep(true, nil, nil)
+	n.rename(cart, "aside")
+	n.write(cart, "F 3")
+	n.f.Sweep(true, nil, nil)
+	n.rename("aside", cart+".20991231-000001")
+	n.want("1", "2", "3")
+	n.closed(nil)
+	n.noEnd(0)
+}

@@ -640,9 +640,12 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 		switch {
 		case !g.named:
 		case i == 0:
-			// Something is open if what was before it had to be given up.
-			if g.after == unknown && l.open() {
-				f.succeed(l, g, apart)
+			if g.after == unknown {
+				s := adjacent
+				if l.open() { // what was before it had to be given up
+					s = apart
+				}
+				f.succeed(l, g, s)
 			}
 		case f.follows(l, l.gens[i-1], g, n):
 			f.succeed(l, g, adjacent)
