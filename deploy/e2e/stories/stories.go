@@ -75,7 +75,6 @@ func all() []story {
 		{name: "control-plane", tell: controlPlane, mesh: true, labelled: true},
 		{name: "collector", tell: collectors, mesh: true, labelled: true},
 		{name: "metadata", tell: metadata, mesh: true},
-		{name: "kubelet", tell: kubelet, mesh: true},
 		{name: "events", tell: events, mesh: true},
 		{name: "accounts", tell: accounts, mesh: true},
 		{name: "strict", tell: strict, mesh: true, labelled: true},
@@ -84,6 +83,9 @@ func all() []story {
 		{name: "envoy", tell: envoy, mesh: true, labelled: true},
 		{name: "rotation", tell: rotation, mesh: true, labelled: true},
 		{name: "conformance", tell: conformance, mesh: true},
+		// The last: it takes the API server away, and whoever watches it (kube-proxy among
+		// them) waits for up to a minute before it asks again.
+		{name: "kubelet", tell: kubelet, mesh: true},
 	}
 }
 
