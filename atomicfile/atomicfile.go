@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 // Write makes path a file with this content and these permissions, which the
@@ -50,11 +51,16 @@ func Write(path string, content []byte, mode fs.FileMode) (err error) {
 }
 
 // SyncFolder flushes a folder's entries to the disk: names that were made, changed
-// or removed in it survive a crash once it has returned nil.
+// or removed in it survive a crash once it has returned nil. A file system that cannot
+// flush folders is left to itself.
 func SyncFolder(path string) error {
 	dir, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(dir.Sync(), dir.Close())
+	err = dir.Sync()
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		err = nil
+	}
+	return errors.Join(err, dir.Close())
 }
