@@ -868,8 +868,14 @@ func (f *Follower) missing(l *containerLog, n *listing) {
 			}
 			continue
 		}
-		if g.missingSince == 0 {
+		if first := g.missingSince == 0; first {
 			g.missingSince = now
+			if len(n.plain)+len(n.gz) > 0 {
+				// It may have been renamed and compressed while the folder was listed, and
+				// have a name that this listing is too old for.
+				f.relist[l] = struct{}{}
+				continue
+			}
 		}
 		if g.unlinked() || g.gz != nil || g.missingSince.until(now) >= 2*f.cfg.Grace {
 			if g.file != nil {
