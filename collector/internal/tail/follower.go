@@ -861,7 +861,8 @@ func (f *Follower) missing(l *containerLog, n *listing) {
 		if g.gzPath != "" && !slices.Contains(n.gz, g.gzPath) {
 			g.gzPath = ""
 		}
-		if g.gone || g.replaced || g.named {
+		copied := g.gzPath != "" && !slices.Contains(n.plain, g.path) // its compressed copy alone is left
+		if g.gone || g.replaced || g.named && !copied {
 			if g.gone && g.restored {
 				g.restored = false // kubelet has deleted it
 				f.enqueue(l)
