@@ -133,11 +133,11 @@ func TestErrors(t *testing.T) {
 		}
 		dir := t.TempDir()
 		path := filepath.Join(dir, "state")
-		if err := errors.Join(atomicfile.Write(path, []byte("old"), 0o600), os.Chmod(dir, 0o500)); err != nil { //nolint:gosec // a folder
+		if err := errors.Join(atomicfile.Write(path, []byte("old"), 0o600), os.Chmod(dir, 0o500)); err != nil {
 			t.Fatal(err)
 		}
 		err := atomicfile.Write(path, []byte("new"), 0o600)
-		if back := os.Chmod(dir, 0o700); back != nil { //nolint:gosec // a folder
+		if back := os.Chmod(dir, 0o700); back != nil {
 			t.Fatal(back)
 		}
 		if !errors.Is(err, fs.ErrPermission) {

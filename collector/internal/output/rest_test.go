@@ -21,8 +21,8 @@ func TestRest(t *testing.T) {
 		}
 		now = now.Add(want)
 	}
-	for _, want := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
-		fail(want * time.Second)
+	for _, seconds := range []int{1, 2, 4, 8, 16, 32, 60, 60} {
+		fail(time.Duration(seconds) * time.Second)
 	}
 	for range 100 { // nothing runs over
 		fail(time.Minute)

@@ -185,6 +185,7 @@ func TestGivenUpEndIsNotJoined(t *testing.T) {
 	n.rotate(rotatedA, "F 2")
 	n.f.Sweep(true, nil, nil)
 	n.remove(rotatedA)
+	n.f.Sweep(true, nil, nil)
 	n.want("be", "2")
 	n.noEnd(1)
 	n.closed(map[string]int64{"rotated_away": 44})
@@ -337,4 +338,27 @@ func TestHalfSeenRenameKeepsItsPlace(t *testing.T) {
 	n.want("1", "2", "3")
 	n.closed(nil)
 	n.noEnd(0)
+}
+
+// Renamed and compressed since the last look, and the listing is too old to have its name: what
+// was read of it is not read again.
+func TestHalfSeenCompression(t *testing.T) {
+	n := spooled(t)
+	n.write(cart, "F 1")
+	es := n.read(10)
+	n.now = n.now.Add(2 * time.Second) // quiet for long enough
+	n.rotate(rotatedA, "F 2")
+	n.compress(rotatedA)
+	n.rename(rotatedA+".gz", "aside")
+	es = append(es, n.read(10)...)
+	n.rename("aside", rotatedA+".gz")
+	for range 4 {
+		es = append(es, n.read(10)...)
+		n.now = n.now.Add(1500 * time.Millisecond)
+	}
+	if len(es) != 2 || es[0].Record.Body != "1" || es[1].Record.Body != "2" {
+		t.Errorf("%d records; want 1 and 2 once each", len(es))
+	}
+	n.settle(es...)
+	n.closed(nil)
 }

@@ -606,10 +606,6 @@ func (n *listing) add(path string) {
 	})
 }
 
-func (n *listing) has(path string) bool {
-	return slices.Contains(n.plain, path) || slices.Contains(n.gz, path)
-}
-
 // bring makes sure that the files of these names are among the generations of l, in their order.
 func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 	complete = true
@@ -861,15 +857,22 @@ func (f *Follower) missing(l *containerLog, n *listing) {
 		if g.gzPath != "" && !slices.Contains(n.gz, g.gzPath) {
 			g.gzPath = ""
 		}
-		if g.gone || g.replaced || g.named && n.has(g.path) {
+		copied := g.gzPath != "" && !slices.Contains(n.plain, g.path) // its compressed copy alone is left
+		if g.gone || g.replaced || g.named && !copied {
 			if g.gone && g.restored {
 				g.restored = false // kubelet has deleted it
 				f.enqueue(l)
 			}
 			continue
 		}
-		if g.missingSince == 0 {
+		if first := g.missingSince == 0; first {
 			g.missingSince = now
+			if len(n.plain)+len(n.gz) > 0 {
+				// It may have been renamed and compressed while the folder was listed, and
+				// have a name that this listing is too old for.
+				f.relist[l] = struct{}{}
+				continue
+			}
 		}
 		if g.unlinked() || g.gz != nil || g.missingSince.until(now) >= 2*f.cfg.Grace {
 			if g.file != nil {
