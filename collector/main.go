@@ -516,11 +516,15 @@ func (p *parts) replay(output string) (int64, error) {
 // why is the answer of /api/v1/why.
 func (p *parts) why() any {
 	out := struct {
-		Time    time.Time         `json:"time"`
-		Reasons []pipeline.Reason `json:"reasons"`
-	}{time.Now().UTC(), []pipeline.Reason{}}
+		Time time.Time `json:"time"`
+		// Since when the reasons of an output were collected.
+		Since   map[string]time.Time `json:"since"`
+		Reasons []pipeline.Reason    `json:"reasons"`
+	}{time.Now().UTC(), map[string]time.Time{}, []pipeline.Reason{}}
 	for _, pl := range p.pipelines {
-		out.Reasons = append(out.Reasons, pl.Why()...)
+		since, reasons := pl.Why()
+		out.Since[pl.Name()] = since
+		out.Reasons = append(out.Reasons, reasons...)
 	}
 	return out
 }

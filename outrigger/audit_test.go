@@ -124,12 +124,13 @@ func TestLogsWhy(t *testing.T) {
 		if r.URL.Path != "/api/v1/why" {
 			t.Errorf("asked %s", r.URL)
 		}
-		fmt.Fprint(w, `{"reasons":[
+		fmt.Fprint(w, `{"since":{"es":"2026-11-01T02:00:00Z"},"reasons":[
  {"output":"es","namespace":"shop","pod":"cart-0","container":"app","cause":"rule","rule":"no-health","records":3,"bytes":60,"last":"2026-11-23T03:00:00Z","samples":["GET /healthz\u001b[2J"]},
  {"output":"es","namespace":"web","pod":"cart-1","container":"app","cause":"rejected","rule":"mapping","records":1,"bytes":9,"last":"2026-11-23T03:00:00Z","samples":[]}]}`)
 	}
 	out, _, err := asked(t, collector, "", "logs", "why", "cart", "-n", "shop")
-	want := `shop/cart-0/app, output es: 3 records, 60 bytes, cause rule: no-health
+	want := `Output es, since 2026-11-01T02:00:00Z:
+shop/cart-0/app, output es: 3 records, 60 bytes, cause rule: no-health
   a rule or an annotation says that they are not to be sent; the last of 2026-11-23T03:00:00Z
   | GET /healthz`
 	if err != nil || !strings.HasPrefix(out, want) || strings.ContainsRune(out, '\x1b') || strings.Contains(out, "web/") {

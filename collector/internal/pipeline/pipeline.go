@@ -40,7 +40,7 @@ import (
 type Config struct {
 	Name    string      // of the output, as the user calls it
 	Tail    tail.Config // what is followed; the pipeline adds the policy
-	DataDir string      // checkpoints and dead letters
+	DataDir string      // checkpoints, dead letters and reasons
 	// Rules decide on every record. Nil is an empty configuration's: parse, join
 	// stack traces, keep all.
 	Rules *rules.Set
@@ -110,12 +110,14 @@ type Pipeline struct {
 	metrics *Metrics
 	tailM   *tail.Metrics
 
-	book  *book
-	dead  *deadLetters
-	why   *reasons
-	queue chan *batch
-	spare chan *batch   // to be filled again
-	freed chan struct{} // credit came back
+	book *book
+	dead *deadLetters
+	why  *reasons
+	// whyFile is for New, then the saver, then Run's end.
+	whyFile *keptFile
+	queue   chan *batch
+	spare   chan *batch   // to be filled again
+	freed   chan struct{} // credit came back
 
 	records atomic.Int64 // in flight
 	bytes   atomic.Int64
@@ -161,12 +163,12 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 		spare:  make(chan *batch, 2*traits.Concurrency+2),
 		freed:  make(chan struct{}, 1),
 		traits: traits, limiter: newLimiter(traits.Concurrency, m.concurrency.WithLabelValues(cfg.Name)),
-		why: newReasons(),
 	}
 	l, err := p.load()
 	if err != nil {
 		return nil, err
 	}
+	p.loadReasons()
 	p.book = newBook(l, cfg.Name, m)
 	// The first save tells of a folder that cannot be written to before anything
 	// is read. A disk that is full is no reason not to start: space may come, and
@@ -213,6 +215,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	close(stopped)
 	saver.Wait()
 
+	p.saveReasons(true)
 	errs := []error{p.save(), f.Close(), p.dead.close()}
 	if hints != nil {
 		errs = append(errs, hints.Close())
@@ -351,8 +354,12 @@ func (p *Pipeline) PendingIn(folder string) int64 {
 	return p.book.l.PendingOf(func(path string) bool { return strings.HasPrefix(path, below) })
 }
 
-// Why returns what was dropped and rejected since the start, by owner and cause, with samples.
-func (p *Pipeline) Why() []Reason { return p.why.list(p.cfg.Name) }
+// Why returns what was dropped and rejected since a moment, by owner and cause, with
+// samples. Restarts do not move the moment; the reasons of the last seconds before a crash may
+// be missing.
+func (p *Pipeline) Why() (since time.Time, reasons []Reason) {
+	return p.why.since, p.why.list(p.cfg.Name)
+}
 
 func (p *Pipeline) measure() {
 	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(p.book.total().Pending))
@@ -413,6 +420,7 @@ func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
 		if err := p.save(); err != nil {
 			p.tellSave(err)
 		}
+		p.saveReasons(false)
 		if err := p.clearReplayed(); err != nil {
 			p.log.Warn("a file of replayed dead letters cannot be deleted", "error.message", err.Error())
 		}

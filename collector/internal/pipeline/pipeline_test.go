@@ -789,3 +789,35 @@ func TestReplay(t *testing.T) {
 		}
 	})
 }
+
+// Why records were dropped is known after a restart, and after a crash.
+func TestReasonsSurvive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.write(cart, 0, 3)
+		b := &backend{answer: func(batch []*record.Record) output.Result {
+			return output.Result{Rejected: []output.Rejection{{Index: 0, Reason: "no"}}}
+		}}
+		p := r.open(b)
+		since, none := p.Why()
+		if len(none) != 0 || !since.Equal(time.Now()) {
+			t.Errorf("at first: since %v, %v", since, none)
+		}
+		stop := r.run(p)
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		_, want := p.Why()
+		if len(want) != 1 || want[0].Pod != "cart-0" || want[0].Rule != "no" || want[0].Records != 1 || want[0].Samples[0] != "line 0" {
+			t.Errorf("reasons: %+v", want)
+		}
+		for _, ended := range []string{"a crash", "a restart"} {
+			if ended == "a restart" {
+				stop()
+			}
+			again, got := r.open(b).Why()
+			if d := cmp.Diff(want, got); d != "" || !again.Equal(since) {
+				t.Errorf("after %s: since %v; want %v (-want +got):\n%s", ended, again, since, d)
+			}
+		}
+	})
+}
