@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
@@ -150,6 +151,40 @@ func FuzzDecodeReasons(f *testing.F) {
 		}
 		if d := cmp.Diff(w.list(""), back.list("")); d != "" {
 			t.Fatalf("(-want +got):\n%s", d)
+		}
+	})
+}
+
+func FuzzDecodeQuotas(f *testing.F) {
+	f.Add([]byte(`[{"quota":"q","namespace":"shop","days":[{"day":20783,"bytes":500}],"judged":[{"file":"f","stream":"stdout","end":500,"over":[[300,500]]}]}]`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		state, err := decodeQuotas(append([]byte(header(quotasMagic, body)+"\n"), body...))
+		if err != nil {
+			if !errors.Is(err, errDamaged) {
+				t.Fatal(err)
+			}
+			return
+		}
+		c := rules.Config{Quotas: []rules.Quota{{Name: "q", BytesPerDay: 100, Action: "drop"}}}
+		set, err := rules.Compile(c, "o", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		now := time.Date(2026, 11, 26, 3, 0, 0, 0, time.UTC)
+		if set.Restore(state, now) != nil {
+			return
+		}
+		set.For(&record.Resource{Namespace: "shop"}).Apply(&record.Record{Time: now, Body: "more", Origin: record.Origin{File: "f", Offset: 500}})
+		kept := set.State(now)
+		b, err := seal(quotasMagic, kept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if state, err = decodeQuotas(b); err == nil {
+			err = set.Restore(state, now)
+		}
+		if err != nil {
+			t.Fatalf("%+v is refused: %v", kept, err)
 		}
 	})
 }

@@ -42,7 +42,8 @@ type Config struct {
 	Tail    tail.Config // what is followed; the pipeline adds the policy
 	DataDir string      // checkpoints, dead letters and reasons
 	// Rules decide on every record. Nil is an empty configuration's: parse, join
-	// stack traces, keep all.
+	// stack traces, keep all. New lets their quotas go on from what a former process
+	// has counted.
 	Rules *rules.Set
 	// Meter, if there is one, is told of every record.
 	Meter Meter
@@ -115,9 +116,12 @@ type Pipeline struct {
 	why  *reasons
 	// whyFile is for New, then the saver, then Run's end.
 	whyFile *keptFile
-	queue   chan *batch
-	spare   chan *batch   // to be filled again
-	freed   chan struct{} // credit came back
+	// quotas, and quotasSaved, the rules' Counts of what it holds, likewise.
+	quotas      *keptFile
+	quotasSaved uint64
+	queue       chan *batch
+	spare       chan *batch   // to be filled again
+	freed       chan struct{} // credit came back
 
 	records atomic.Int64 // in flight
 	bytes   atomic.Int64
@@ -169,6 +173,7 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 		return nil, err
 	}
 	p.loadReasons()
+	p.loadQuotas()
 	p.book = newBook(l, cfg.Name, m)
 	// The first save tells of a folder that cannot be written to before anything
 	// is read. A disk that is full is no reason not to start: space may come, and
@@ -216,6 +221,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	saver.Wait()
 
 	p.saveReasons(true)
+	p.saveQuotas(true) // before the checkpoint, as always
 	errs := []error{p.save(), f.Close(), p.dead.close()}
 	if hints != nil {
 		errs = append(errs, hints.Close())
@@ -417,6 +423,7 @@ func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
 		}
 		p.measure()
 		begun := time.Now()
+		p.saveQuotas(false) // before the checkpoint: what that settles has been counted
 		if err := p.save(); err != nil {
 			p.tellSave(err)
 		}

@@ -3,6 +3,7 @@ package rules
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -10,8 +11,9 @@ import (
 // Limits of what quotas remember.
 const (
 	windowSeconds = 10
-	windows       = 360  // of a namespace: an hour
-	days          = 8    // of a namespace
+	windows       = 360 // of a namespace: an hour
+	days          = 8   // of a namespace
+	secondsOfDay  = 24 * 60 * 60
 	maxUsages     = 512  // namespaces of all quotas; the others share one
 	maxSent       = 1024 // streams of a namespace whose past verdicts are known
 	maxSpans      = 64   // of a stream
@@ -31,7 +33,8 @@ type usageKey struct{ quota, namespace string }
 
 // usage of a quota by one namespace. It is safe for concurrent use.
 type usage struct {
-	quota *quota
+	quota  *quota
+	counts *atomic.Uint64 // of the Set
 
 	mu     sync.Mutex
 	window [windows]count
@@ -66,7 +69,7 @@ func (s *Set) usage(q *quota, namespace string) *usage {
 		if s.usages == nil {
 			s.usages = map[usageKey]*usage{}
 		}
-		u = &usage{quota: q, sent: map[streamKey]*past{}}
+		u = &usage{quota: q, counts: &s.counts, sent: map[streamKey]*past{}}
 		s.usages[key] = u
 	}
 	return u
@@ -89,7 +92,7 @@ func (s *Set) Resume(from *Set) {
 			s.usages = map[usageKey]*usage{}
 		}
 		u.mu.Lock()
-		now := &usage{quota: s.quotas[i], window: u.window, day: u.day, sent: make(map[streamKey]*past, len(u.sent))}
+		now := &usage{quota: s.quotas[i], counts: &s.counts, window: u.window, day: u.day, sent: make(map[streamKey]*past, len(u.sent))}
 		for k, p := range u.sent {
 			now.sent[k] = &past{end: p.end, over: slices.Clone(p.over)}
 		}
@@ -127,8 +130,12 @@ func (u *usage) count(at, n int64) bool {
 	if q.perSecond > 0 && u.window[slot(at/windowSeconds, windows)].add(at/windowSeconds, n) > q.perSecond*windowSeconds {
 		return true
 	}
-	day := at / (24 * 60 * 60)
-	return q.perDay > 0 && u.day[slot(day, days)].add(day, n) > q.perDay
+	if q.perDay <= 0 {
+		return false
+	}
+	u.counts.Add(1)
+	day := at / secondsOfDay
+	return u.day[slot(day, days)].add(day, n) > q.perDay
 }
 
 func slot(at int64, n int) int { return int(uint64(at) % uint64(n)) }
