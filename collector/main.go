@@ -520,15 +520,15 @@ func (p *parts) replay(output string) (int64, error) {
 // why is the answer of /api/v1/why.
 func (p *parts) why() any {
 	out := struct {
-		Time    time.Time         `json:"time"`
-		Since   time.Time         `json:"since"` // all that was dropped from then on is among the reasons
-		Reasons []pipeline.Reason `json:"reasons"`
-	}{time.Now().UTC(), time.Time{}, []pipeline.Reason{}}
+		Time time.Time `json:"time"`
+		// Since when the reasons of an output were collected.
+		Since   map[string]time.Time `json:"since"`
+		Reasons []pipeline.Reason    `json:"reasons"`
+	}{time.Now().UTC(), map[string]time.Time{}, []pipeline.Reason{}}
 	for _, pl := range p.pipelines {
-		reasons, since := pl.Why()
-		if out.Reasons = append(out.Reasons, reasons...); since.After(out.Since) {
-			out.Since = since
-		}
+		since, reasons := pl.Why()
+		out.Since[pl.Name()] = since
+		out.Reasons = append(out.Reasons, reasons...)
 	}
 	return out
 }

@@ -124,20 +124,21 @@ func TestLogsWhy(t *testing.T) {
 		if r.URL.Path != "/api/v1/why" {
 			t.Errorf("asked %s", r.URL)
 		}
-		fmt.Fprint(w, `{"reasons":[
+		fmt.Fprint(w, `{"since":{"es":"2026-11-01T02:00:00Z"},"reasons":[
  {"output":"es","namespace":"shop","pod":"cart-0","container":"app","cause":"rule","rule":"no-health","records":3,"bytes":60,"last":"2026-11-23T03:00:00Z","samples":["GET /healthz\u001b[2J"]},
  {"output":"es","namespace":"web","pod":"cart-1","container":"app","cause":"rejected","rule":"mapping","records":1,"bytes":9,"last":"2026-11-23T03:00:00Z","samples":[]},
  {"output":"es","namespace":"shop","pod":"silent-0","container":"app","cause":"rule","rule":"annotation outrigger.dev/logs: off","records":0,"bytes":0,"last":"2026-11-23T03:00:00Z","samples":[]}]}`)
 	}
 	out, _, err := asked(t, collector, "", "logs", "why", "cart", "-n", "shop")
-	want := `shop/cart-0/app, output es: 3 records, 60 bytes, cause rule: no-health
+	want := `Output es, since 2026-11-01T02:00:00Z:
+shop/cart-0/app, output es: 3 records, 60 bytes, cause rule: no-health
   a rule or an annotation says that they are not to be sent; the last of 2026-11-23T03:00:00Z
   | GET /healthz`
 	if err != nil || !strings.HasPrefix(out, want) || strings.ContainsRune(out, '\x1b') || strings.Contains(out, "web/") {
 		t.Errorf("%v, got\n%swant\n%s", err, out, want)
 	}
 	out, _, err = asked(t, collector, "", "logs", "why", "silent")
-	if err != nil || !strings.HasPrefix(out, "shop/silent-0/app, output es: not read at all, cause rule: annotation outrigger.dev/logs: off\n") {
+	if err != nil || !strings.Contains(out, "\nshop/silent-0/app, output es: not read at all, cause rule: annotation outrigger.dev/logs: off\n") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	if out, _, err = asked(t, collector, "", "logs", "why", "other"); err != nil || !strings.Contains(out, "No rule, quota or rejection") {

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -38,9 +40,9 @@ func (c *cli) logsWhy() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "why [POD]",
 		Short: "Say which rule, quota or rejection took which lines, with samples",
-		Long: `Say which rule, quota or rejection took which lines in the last seven days, with
-samples; a restart of the collector forgets at most the last five seconds. POD is the
-beginning of a pod's name; without it all are shown.
+		Long: `Say which rule, quota or rejection took which lines, with samples, and since when
+that was noted: restarts of the collector do not forget it, a crash only its last seconds.
+POD is the beginning of a pod's name; without it all are shown.
 What was never read (rotated_away, truncated) is in outrigger logs audit --by pod.`,
 		Example: "  outrigger logs why payments --namespace shop",
 		Args:    cobra.MaximumNArgs(1),
@@ -51,8 +53,8 @@ What was never read (rotated_away, truncated) is in outrigger logs audit --by po
 			}
 			defer func() { _ = body.Close() }() // the answer has been read or given up
 			var answer struct {
-				Since   time.Time `json:"since"`
-				Reasons []reason  `json:"reasons"`
+				Since   map[string]time.Time `json:"since"` // by output
+				Reasons []reason             `json:"reasons"`
 			}
 			if err := json.NewDecoder(io.LimitReader(body, maxAudit)).Decode(&answer); err != nil {
 				return fmt.Errorf("the collector at %s sent reasons that cannot be read: %w", c.collector, err)
@@ -68,7 +70,7 @@ What was never read (rotated_away, truncated) is in outrigger logs audit --by po
 				enc.SetIndent("", "  ")
 				return enc.Encode(shown)
 			}
-			return printReasons(c.stdout, shown, answer.Since)
+			return printReasons(c.stdout, answer.Since, shown)
 		},
 	}
 	cmd.Flags().StringVarP(&namespace, "namespace", "n", "", "of this namespace only")
@@ -76,10 +78,13 @@ What was never read (rotated_away, truncated) is in outrigger logs audit --by po
 	return cmd
 }
 
-func printReasons(w io.Writer, reasons []reason, since time.Time) error {
+func printReasons(w io.Writer, since map[string]time.Time, reasons []reason) error {
 	var b strings.Builder
+	for _, output := range slices.Sorted(maps.Keys(since)) {
+		fmt.Fprintf(&b, "Output %s, since %s:\n", clean(output), since[output].UTC().Format(time.RFC3339))
+	}
 	if len(reasons) == 0 {
-		fmt.Fprintf(&b, "No rule, quota or rejection has taken a line since %s.\n", since.UTC().Format(time.RFC3339))
+		b.WriteString("No rule, quota or rejection has taken such a line.\n")
 	}
 	for _, r := range reasons {
 		where := strings.Join([]string{r.Namespace, r.Pod, r.Container}, "/")

@@ -2,7 +2,7 @@
 // and what is refused.
 //
 //	admin: 127.0.0.1:15030            # /ready, /metrics, /api/v1/audit, /api/v1/logs; loopback only
-//	dataDir: /var/lib/outrigger       # checkpoints and dead letters
+//	dataDir: /var/lib/outrigger       # checkpoints, dead letters, reasons of drops, counts of quotas
 //	cluster: eu-1                     # orchestrator.cluster.name; default none
 //	node: worker-3                    # host.name; default $NODE_NAME, or the host's name
 //	logs:

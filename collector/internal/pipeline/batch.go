@@ -69,7 +69,7 @@ func (p *Pipeline) programOf(r *record.Resource) *rules.Program {
 func (p *Pipeline) policy(r *record.Resource) tail.Policy {
 	program := p.programOf(r)
 	if off := program.Off(); off != "" {
-		p.why.unread(r, off)
+		p.why.unread(r, off, time.Now())
 	}
 	lines := program.Multiline()
 	return tail.Policy{Off: program.Off(), Grouper: func() tail.Grouper { g := lines.Grouper(); return &g }}

@@ -18,7 +18,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -42,9 +41,10 @@ import (
 type Config struct {
 	Name    string      // of the output, as the user calls it
 	Tail    tail.Config // what is followed; the pipeline adds the policy
-	DataDir string      // checkpoints and dead letters
+	DataDir string      // checkpoints, dead letters and reasons
 	// Rules decide on every record. Nil is an empty configuration's: parse, join
-	// stack traces, keep all.
+	// stack traces, keep all. New lets their quotas go on from what a former process
+	// has counted.
 	Rules *rules.Set
 	// Meter, if there is one, is told of every record.
 	Meter Meter
@@ -112,12 +112,17 @@ type Pipeline struct {
 	metrics *Metrics
 	tailM   *tail.Metrics
 
-	book  *book
-	dead  *deadLetters
-	why   *reasons
-	queue chan *batch
-	spare chan *batch   // to be filled again
-	freed chan struct{} // credit came back
+	book *book
+	dead *deadLetters
+	why  *reasons
+	// whyFile is for New, then the saver, then Run's end.
+	whyFile *keptFile
+	// quotas, and quotasSaved, the rules' Counts of what it holds, likewise.
+	quotas      *keptFile
+	quotasSaved uint64
+	queue       chan *batch
+	spare       chan *batch   // to be filled again
+	freed       chan struct{} // credit came back
 
 	records atomic.Int64 // in flight
 	bytes   atomic.Int64
@@ -132,12 +137,6 @@ type Pipeline struct {
 	limiter *limiter
 	// saveFailed is when the last failure to save was told. New uses it, and then the saver.
 	saveFailed time.Time
-
-	// Of the saver alone, as what is written with them (memory).
-	memorySeed   maphash.Seed
-	memorySum    uint64
-	memorySaved  time.Time
-	memoryFailed time.Time
 }
 
 // New opens the checkpoint and the dead letters. It fails where they could not
@@ -169,14 +168,14 @@ func New(cfg Config, out output.Output, log *slog.Logger, m *Metrics, tm *tail.M
 		spare:  make(chan *batch, 2*traits.Concurrency+2),
 		freed:  make(chan struct{}, 1),
 		traits: traits, limiter: newLimiter(traits.Concurrency, m.concurrency.WithLabelValues(cfg.Name)),
-		why: newReasons(),
 	}
 	l, err := p.load()
 	if err != nil {
 		return nil, err
 	}
+	p.loadReasons()
+	p.loadQuotas()
 	p.book = newBook(l, cfg.Name, m)
-	p.remember(time.Now())
 	// The first save tells of a folder that cannot be written to before anything
 	// is read. A disk that is full is no reason not to start: space may come, and
 	// other outputs need none.
@@ -222,7 +221,8 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	close(stopped)
 	saver.Wait()
 
-	p.saveMemory(time.Now())
+	p.saveReasons(true)
+	p.saveQuotas(true) // before the checkpoint, as always
 	errs := []error{p.save(), f.Close(), p.dead.close()}
 	if hints != nil {
 		errs = append(errs, hints.Close())
@@ -361,9 +361,12 @@ func (p *Pipeline) PendingIn(folder string) int64 {
 	return p.book.l.PendingOf(func(path string) bool { return strings.HasPrefix(path, below) })
 }
 
-// Why returns what was dropped and rejected in the last days, by owner and cause, with samples,
-// and since when that is known.
-func (p *Pipeline) Why() ([]Reason, time.Time) { return p.why.list(p.cfg.Name), p.why.since() }
+// Why returns what was dropped and rejected since a moment, by owner and cause, with
+// samples. Restarts do not move the moment; the reasons of the last seconds before a crash may
+// be missing.
+func (p *Pipeline) Why() (since time.Time, reasons []Reason) {
+	return p.why.since, p.why.list(p.cfg.Name)
+}
 
 func (p *Pipeline) measure() {
 	p.metrics.pending.WithLabelValues(p.cfg.Name).Set(float64(p.book.total().Pending))
@@ -421,13 +424,11 @@ func (p *Pipeline) keepSaving(stopped <-chan struct{}) {
 		}
 		p.measure()
 		begun := time.Now()
+		p.saveQuotas(false) // before the checkpoint: what that settles has been counted
 		if err := p.save(); err != nil {
 			p.tellSave(err)
 		}
-		if begun.Sub(p.memorySaved) >= rememberEvery {
-			p.memorySaved = begun
-			p.saveMemory(begun)
-		}
+		p.saveReasons(false)
 		if err := p.clearReplayed(); err != nil {
 			p.log.Warn("a file of replayed dead letters cannot be deleted", "error.message", err.Error())
 		}

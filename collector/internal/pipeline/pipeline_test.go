@@ -24,6 +24,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/output"
 	"github.com/outrigger-mesh/outrigger/collector/internal/pipeline"
+	"github.com/outrigger-mesh/outrigger/collector/internal/rules"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -786,6 +787,81 @@ func TestReplay(t *testing.T) {
 		}
 		if n, err := r.open(b).Replay(); err != nil || n == 0 {
 			t.Errorf("Replay of one letter = %d, %v", n, err)
+		}
+	})
+}
+
+// Why records were dropped is known after a restart, and after a crash.
+func TestReasonsSurvive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.write(cart, 0, 3)
+		b := &backend{answer: func(batch []*record.Record) output.Result {
+			return output.Result{Rejected: []output.Rejection{{Index: 0, Reason: "no"}}}
+		}}
+		p := r.open(b)
+		since, none := p.Why()
+		if len(none) != 0 || !since.Equal(time.Now()) {
+			t.Errorf("at first: since %v, %v", since, none)
+		}
+		stop := r.run(p)
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		_, want := p.Why()
+		if len(want) != 1 || want[0].Pod != "cart-0" || want[0].Rule != "no" || want[0].Records != 1 || want[0].Samples[0] != "line 0" {
+			t.Errorf("reasons: %+v", want)
+		}
+		for _, ended := range []string{"a crash", "a restart"} {
+			if ended == "a restart" {
+				stop()
+			}
+			again, got := r.open(b).Why()
+			if d := cmp.Diff(want, got); d != "" || !again.Equal(since) {
+				t.Errorf("after %s: since %v; want %v (-want +got):\n%s", ended, again, since, d)
+			}
+		}
+	})
+}
+
+// What a namespace has used of its day is known after a restart and after a crash.
+func TestQuotaSurvives(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		b := &backend{}
+		var stop func()
+		for i, want := range []int{2, 2, 2} {
+			var err error
+			c := rules.Config{Quotas: []rules.Quota{{Name: "q", BytesPerDay: 13, Action: "drop"}}}
+			if r.cfg.Rules, err = rules.Compile(c, "out", []string{"out"}); err != nil {
+				t.Fatal(err)
+			}
+			r.write(cart, 3*i, 3*i+3)
+			switch i {
+			case 1: // crashed: what the next finds is what was on the disk then
+				crashed := t.TempDir()
+				if err := os.CopyFS(crashed, os.DirFS(r.cfg.DataDir)); err != nil {
+					t.Fatal(err)
+				}
+				stop()
+				r.cfg.DataDir = crashed
+			case 2:
+				stop()
+			}
+			stop = r.run(r.open(b))
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			if n := b.count(); n != want {
+				t.Errorf("after start %d: %d lines; the quota is two a day", i+1, n)
+			}
+		}
+		stop()
+		path := filepath.Join(r.cfg.DataDir, "out.quotas")
+		if err := os.WriteFile(path, []byte("damaged"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.open(b)
+		if _, err := os.Stat(path + ".damaged"); err != nil {
+			t.Error(err)
 		}
 	})
 }

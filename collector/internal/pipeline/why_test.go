@@ -27,12 +27,12 @@ func TestWhyOfALogThatIsNotRead(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		stop()
-		got, _ := p.Why()
+		_, got := p.Why()
 		for i := range got {
 			if got[i].Last.IsZero() {
 				t.Error("the time when it was decided is missing")
 			}
-			got[i].Last, got[i].Noted = time.Time{}, time.Time{}
+			got[i].Last = time.Time{}
 		}
 		want := []pipeline.Reason{{Output: "out", Namespace: "shop", Pod: "silent", Container: "app", Cause: "rule", Rule: "annotation outrigger.dev/logs: off", Samples: []string{}}}
 		if d := cmp.Diff(want, got); d != "" {

@@ -1,10 +1,9 @@
 package rules
 
 import (
-	"cmp"
-	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/outrigger-mesh/outrigger/collector/record"
 )
@@ -12,8 +11,9 @@ import (
 // Limits of what quotas remember.
 const (
 	windowSeconds = 10
-	windows       = 360  // of a namespace: an hour
-	days          = 8    // of a namespace
+	windows       = 360 // of a namespace: an hour
+	days          = 8   // of a namespace
+	secondsOfDay  = 24 * 60 * 60
 	maxUsages     = 512  // namespaces of all quotas; the others share one
 	maxSent       = 1024 // streams of a namespace whose past verdicts are known
 	maxSpans      = 64   // of a stream
@@ -33,7 +33,8 @@ type usageKey struct{ quota, namespace string }
 
 // usage of a quota by one namespace. It is safe for concurrent use.
 type usage struct {
-	quota *quota
+	quota  *quota
+	counts *atomic.Uint64 // of the Set
 
 	mu     sync.Mutex
 	window [windows]count
@@ -68,7 +69,7 @@ func (s *Set) usage(q *quota, namespace string) *usage {
 		if s.usages == nil {
 			s.usages = map[usageKey]*usage{}
 		}
-		u = &usage{quota: q, sent: map[streamKey]*past{}}
+		u = &usage{quota: q, counts: &s.counts, sent: map[streamKey]*past{}}
 		s.usages[key] = u
 	}
 	return u
@@ -91,94 +92,12 @@ func (s *Set) Resume(from *Set) {
 			s.usages = map[usageKey]*usage{}
 		}
 		u.mu.Lock()
-		now := &usage{quota: s.quotas[i], window: u.window, day: u.day, sent: make(map[streamKey]*past, len(u.sent))}
+		now := &usage{quota: s.quotas[i], counts: &s.counts, window: u.window, day: u.day, sent: make(map[streamKey]*past, len(u.sent))}
 		for k, p := range u.sent {
 			now.sent[k] = &past{end: p.end, over: slices.Clone(p.over)}
 		}
 		u.mu.Unlock()
 		s.usages[key] = now
-	}
-}
-
-// Usage is how much of a quota's days a namespace has used, to be taken over by another
-// process.
-type Usage struct {
-	Quota     string `json:"quota"`
-	Namespace string `json:"namespace"` // empty for those that share one
-	Days      []Day  `json:"days"`
-}
-
-// Day is what was counted of a day, in the records' own time.
-type Day struct {
-	Day   int64 `json:"day"` // since 1970, in UTC
-	Bytes int64 `json:"bytes"`
-}
-
-// CheckUsages reports what no Set has returned.
-func CheckUsages(us []Usage) error {
-	if len(us) > 2*maxUsages {
-		return fmt.Errorf("quotas: %d usages; there are %d at most", len(us), 2*maxUsages)
-	}
-	for i, u := range us {
-		if u.Quota == "" || len(u.Days) > days {
-			return fmt.Errorf("quotas: usage %d is of quota %q and has %d days; it needs a name and at most %d", i, u.Quota, len(u.Days), days)
-		}
-		for _, d := range u.Days {
-			if d.Bytes < 0 || d.Bytes > 1<<60 {
-				return fmt.Errorf("quotas: usage %d has %d bytes on day %d", i, d.Bytes, d.Day)
-			}
-		}
-	}
-	return nil
-}
-
-// Usages returns what quotas by day have counted, by quota and namespace.
-func (s *Set) Usages() []Usage {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	out := []Usage{}
-	for key, u := range s.usages {
-		if u.quota.perDay == 0 {
-			continue
-		}
-		x := Usage{Quota: key.quota, Namespace: key.namespace}
-		u.mu.Lock()
-		for _, c := range u.day {
-			if c.bytes > 0 {
-				x.Days = append(x.Days, Day{c.at, c.bytes})
-			}
-		}
-		u.mu.Unlock()
-		if len(x.Days) > 0 {
-			slices.SortFunc(x.Days, func(a, b Day) int { return cmp.Compare(a.Day, b.Day) })
-			out = append(out, x)
-		}
-	}
-	slices.SortFunc(out, func(a, b Usage) int {
-		return cmp.Or(cmp.Compare(a.Quota, b.Quota), cmp.Compare(a.Namespace, b.Namespace))
-	})
-	return out
-}
-
-// Restore takes over what another process has counted, for quotas that still have their name,
-// and where Resume has brought nothing. It is called before the first record is judged.
-func (s *Set) Restore(us []Usage) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, x := range us {
-		i := slices.IndexFunc(s.quotas, func(q *quota) bool { return q.name == x.Quota })
-		key := usageKey{x.Quota, x.Namespace}
-		if i < 0 || s.usages[key] != nil || len(s.usages) >= maxUsages && x.Namespace != "" {
-			continue
-		}
-		u := &usage{quota: s.quotas[i], sent: map[streamKey]*past{}}
-		for _, d := range x.Days {
-			u.day[slot(d.Day, days)] = count{d.Day, d.Bytes}
-		}
-		if s.usages == nil {
-			s.usages = map[usageKey]*usage{}
-		}
-		s.usages[key] = u
 	}
 }
 
@@ -211,8 +130,12 @@ func (u *usage) count(at, n int64) bool {
 	if q.perSecond > 0 && u.window[slot(at/windowSeconds, windows)].add(at/windowSeconds, n) > q.perSecond*windowSeconds {
 		return true
 	}
-	day := at / (24 * 60 * 60)
-	return q.perDay > 0 && u.day[slot(day, days)].add(day, n) > q.perDay
+	if q.perDay <= 0 {
+		return false
+	}
+	u.counts.Add(1)
+	day := at / secondsOfDay
+	return u.day[slot(day, days)].add(day, n) > q.perDay
 }
 
 func slot(at int64, n int) int { return int(uint64(at) % uint64(n)) }

@@ -3,6 +3,7 @@ package rules
 import (
 	"math"
 	"sync"
+	"sync/atomic"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/multiline"
 	"github.com/outrigger-mesh/outrigger/collector/internal/parse"
@@ -89,6 +90,8 @@ type Set struct {
 	lines   *multiline.Language
 	rules   []*rule
 	quotas  []*quota
+
+	counts atomic.Uint64 // how often a quota of a day counted
 
 	mu     sync.Mutex
 	usages map[usageKey]*usage
