@@ -118,8 +118,8 @@ func (f *Follower) open(l *containerLog, g *generation) error {
 		return nil
 	}
 	path := g.path
-	if g.gone && g.link != "" {
-		path = f.linkPath(l, g.link)
+	if g.link != "" && g.gz == nil {
+		path = f.linkPath(l, g.link) // which nobody else renames
 	}
 	// Without O_NONBLOCK a pipe would keep us until somebody writes to it.
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)

@@ -237,3 +237,27 @@ func TestSilentLogIsClosed(t *testing.T) {
 		t.Errorf("the last is of %s", es[2].Record.Resource.Pod)
 	}
 }
+
+// A silent log is written to again, rotated and compressed before anybody looks: the link leads
+// to what was not read, for the compressed copy alone is no name of the file.
+func TestSilentLogIsCompressedUnread(t *testing.T) {
+	for _, between := range []bool{false, true} {
+		n := spooled(t)
+		n.write(cart, "F 1")
+		n.want("1")
+		n.now = n.now.Add(2 * time.Minute)
+		n.want()
+		if got := open(t, n.folder); got != 0 {
+			t.Errorf("%d files are open of a silent log", got)
+		}
+		n.write(cart, "F 2", "P be")
+		n.rename(cart, cart+".20261123-030000")
+		n.write(cart, "F gin", "F 3")
+		if between {
+			n.f.Sweep(true, nil, nil)
+		}
+		n.compress(cart + ".20261123-030000")
+		n.want("2", "begin", "3")
+		n.closed(nil)
+	}
+}

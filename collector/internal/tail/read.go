@@ -20,6 +20,7 @@ const (
 	atEnd    stop = iota // nothing more to read now
 	noBudget             // the quantum is used up
 	noCredit             // emit said to stop
+	notOpen              // the file cannot be opened now
 )
 
 // Read gives every log that is ready a turn of at most Quantum bytes, in the
@@ -34,7 +35,7 @@ func (f *Follower) Read(emit func(Entry) bool) (more bool) {
 		f.ready = f.ready[1:]
 		l.queued = false
 		switch f.turn(l) {
-		case atEnd:
+		case atEnd, notOpen:
 			if len(l.gens) == 0 {
 				f.forget(l)
 			}
@@ -72,9 +73,8 @@ func (f *Follower) turn(l *containerLog) stop {
 				return noCredit
 			}
 		}
-		switch why := f.read(l, g); why {
-		case atEnd:
-		case noBudget, noCredit:
+		why := f.read(l, g)
+		if why == noBudget || why == noCredit {
 			return why
 		}
 		last := l.gens[len(l.gens)-1] == g
@@ -97,6 +97,10 @@ func (f *Follower) turn(l *containerLog) stop {
 		}
 		if !last && !g.gone && g.missingSince != 0 && l.gens[slices.Index(l.gens, g)+1].after == apart {
 			f.wait(l) // it may be about to be seen again under another name
+			break
+		}
+		if why == notOpen && !g.gone {
+			f.wait(l) // whether what was read is all is not known
 			break
 		}
 		credit, ok := f.finish(l, g, last)
@@ -236,7 +240,7 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 		if !errors.Is(err, errOther) {
 			f.failed("open", g.path, err)
 		}
-		return atEnd
+		return notOpen
 	}
 	if !f.verify(l, g) || g.id == "" {
 		return atEnd
