@@ -170,7 +170,7 @@ func NewMetrics(reg prometheus.Registerer) (*Metrics, error) {
 		Malformed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_malformed_lines_total", Help: "Lines that are not in the CRI format, by problem. They are shipped whole."}, []string{"problem"}),
 		Skipped:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_skipped_files_total", Help: "Files in the log folder that are not read, by reason."}, []string{"reason"}),
 		Errors:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "outrigger_log_read_errors_total", Help: "Failed operations on log files and folders. They are tried again."}, []string{"operation"}),
-		Deleted:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "outrigger_log_deleted_bytes", Help: "Unread bytes of deleted log files that are kept on the disk."}),
+		Deleted:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "outrigger_log_deleted_bytes", Help: "Unread bytes of deleted log files that are kept on the disk, the sum of all outputs."}),
 	}
 	return m, errors.Join(reg.Register(m.Malformed), reg.Register(m.Skipped), reg.Register(m.Errors), reg.Register(m.Deleted))
 }
@@ -196,6 +196,7 @@ type Follower struct {
 	round   int                           // of full sweeps
 	swept   bool                          // one sweep saw everything
 	noSpool bool                          // links cannot be made here
+	deleted int64                         // unread bytes of deleted files, as the gauge has them
 	linked  bool                          // one could be made
 	missed  bool                          // a full sweep found what no hint told of
 	buf     []byte
@@ -262,6 +263,7 @@ func New(cfg Config, book Book, log *slog.Logger, m *Metrics) *Follower {
 // Close closes all files. What was read and not settled is read again by the
 // next Follower.
 func (f *Follower) Close() error {
+	f.tellDeleted(0)
 	var errs []error
 	for _, l := range f.logs {
 		for _, g := range l.gens {
@@ -905,7 +907,7 @@ func (f *Follower) boundDeleted() {
 			all = append(all, held{l, g})
 		}
 	}
-	f.metrics.Deleted.Set(float64(total))
+	f.tellDeleted(total)
 	if total <= f.cfg.MaxDeleted && len(all) <= maxGone {
 		return
 	}
@@ -922,6 +924,12 @@ func (f *Follower) boundDeleted() {
 		f.remove(h.l, h.g)
 		f.enqueue(h.l) // so that what is open is let go
 	}
+}
+
+// tellDeleted sets this Follower's part of a gauge that all outputs share.
+func (f *Follower) tellDeleted(total int64) {
+	f.metrics.Deleted.Add(float64(total - f.deleted))
+	f.deleted = total
 }
 
 // giveUp drops what was not read of a generation.

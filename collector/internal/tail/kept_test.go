@@ -470,3 +470,29 @@ func TestHintOfAFolderOfFiles(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 }
+
+// Each output has a Follower; what they keep on the disk is one figure.
+func TestDeletedBytesAreOfAllOutputs(t *testing.T) {
+	n := start(t)
+	other := tail.New(n.config, ledger.New(), slog.New(slog.DiscardHandler), n.metrics)
+	n.write(cart, "F 1")
+	for _, f := range []*tail.Follower{n.f, other} {
+		f.Sweep(true, nil, nil)
+	}
+	n.must(os.Remove(n.path(cart)))
+	for _, want := range []float64{42, 84} {
+		f := n.f
+		if want > 42 {
+			f = other
+		}
+		f.Sweep(true, nil, nil)
+		f.Sweep(true, nil, nil)
+		if got := testutil.ToFloat64(n.metrics.Deleted); got != want {
+			t.Errorf("%v bytes are kept; want %v", got, want)
+		}
+	}
+	n.must(other.Close())
+	if got := testutil.ToFloat64(n.metrics.Deleted); got != 42 {
+		t.Errorf("%v bytes are kept after one has ended; want 42", got)
+	}
+}
