@@ -67,7 +67,7 @@ cluster: ## open a shell in such a Kubernetes, with the product installed (root)
 soak: build ## two sidecars under mixed load and churn for SOAK_SECONDS (600); fails when they grow
 	@go run ./deploy/soak --bin $(BIN) --for $(SOAK_SECONDS)s
 
-torture: ## kill, starve and mislead the collector in 30 ways and count its lines; TORTURE='--full --seed 7' for other flags
+torture: ## kill, starve and mislead the collector in 31 ways and count its lines; TORTURE='--full --seed 7' for other flags
 	@mkdir -p $(CACHE)/torture/bin
 	@go build -o $(CACHE)/torture/bin/ ./collector ./outrigger
 	@$(CACHE)/torture/bin/outrigger torture --collector-command '$(CACHE)/torture/bin/collector --config {{.Config}}' $(TORTURE)

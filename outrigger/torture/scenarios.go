@@ -29,9 +29,10 @@ func (s skipped) Error() string { return s.reason }
 func scenarios() []scenario {
 	return []scenario{
 		{"steady", "lines of several pods, streams and parts; nothing breaks", steady},
-		{"rotate-1-stopped", "one rotation while the collector is stopped", rotateStopped(1)},
-		{"rotate-2-stopped", "two rotations while the collector is stopped", rotateStopped(2)},
-		{"rotate-5-stopped", "five rotations while the collector is stopped: kubelet deletes some", rotateStopped(5)},
+		{"rotate-1-stopped", "one rotation while the collector is stopped", rotateStopped(0, 1)},
+		{"rotate-2-stopped", "two rotations while the collector is stopped", rotateStopped(0, 2)},
+		{"rotate-5-stopped", "five rotations while the collector is stopped: kubelet deletes some", rotateStopped(0, 5)},
+		{"silent", "files silent for more than a minute are written to, rotated and compressed while the collector is stopped", rotateStopped(70*time.Second, 3)},
 		{"rotate-2-down", "two rotations while the backend is down", rotateDown(2)},
 		{"rotate-5-down", "five rotations while the backend is down: kubelet deletes some", rotateDown(5)},
 		{"gz", "the collector starts when older generations are gzipped", gz},
@@ -77,7 +78,7 @@ func steady(ctx context.Context, w *world) error {
 	return w.during(cs, 2000, func() error { return pause(ctx, 2*time.Second) })
 }
 
-func rotateStopped(times int) func(context.Context, *world) error {
+func rotateStopped(silence time.Duration, times int) func(context.Context, *world) error {
 	return func(ctx context.Context, w *world) error {
 		cs, err := w.containers(3)
 		if err != nil {
@@ -87,6 +88,9 @@ func rotateStopped(times int) func(context.Context, *world) error {
 			return err
 		}
 		if err := w.arrivedAll(ctx); err != nil {
+			return err
+		}
+		if err := pause(ctx, silence); err != nil {
 			return err
 		}
 		w.collector.pause()

@@ -79,7 +79,7 @@ func (r Result) Failed() bool {
 // keeping are the scenarios in which every answer reaches the collector and is not forgotten
 // there, so that it has no reason to send anything twice.
 var keeping = []string{
-	"steady", "rotate-1-stopped", "rotate-2-stopped", "rotate-5-stopped", "rotate-fast", "copytruncate", "pods-200ms", "busy-items",
+	"steady", "rotate-1-stopped", "rotate-2-stopped", "rotate-5-stopped", "silent", "rotate-fast", "copytruncate", "pods-200ms", "busy-items",
 	"slow", "clock-step", "long-lines", "idle-files", "malformed", "symlink", "million-fields",
 }
 
