@@ -47,13 +47,17 @@ type settings struct {
 	Config  string // path of the configuration file, for the command
 }
 
+// spoolLine keeps second names of files, as the chart has it done.
+const spoolLine = "  spool: {{.Data}}/spool\n"
+
+// ourConfig is what our collector is tortured with.
 const ourConfig = `admin: {{.Admin}}
 dataDir: {{.Data}}
 node: torture
 cluster: torture
 logs:
   folder: {{.Logs}}
-  outputs: [o]
+` + spoolLine + `  outputs: [o]
   batch: {linger: 50ms}
 outputs:
   o: { {{.Output}} }

@@ -32,7 +32,7 @@ func scenarios() []scenario {
 		{"rotate-1-stopped", "one rotation while the collector is stopped", rotateStopped(0, 1)},
 		{"rotate-2-stopped", "two rotations while the collector is stopped", rotateStopped(0, 2)},
 		{"rotate-5-stopped", "five rotations while the collector is stopped: kubelet deletes some", rotateStopped(0, 5)},
-		{"silent", "files silent for more than a minute are written to, rotated and compressed while the collector is stopped", rotateStopped(70*time.Second, 3)},
+		{"silent", "files silent for more than a minute are written to, rotated and compressed while the collector is stopped", rotateStopped(95*time.Second, 3)},
 		{"rotate-2-down", "two rotations while the backend is down", rotateDown(2)},
 		{"rotate-5-down", "five rotations while the backend is down: kubelet deletes some", rotateDown(5)},
 		{"gz", "the collector starts when older generations are gzipped", gz},

@@ -242,7 +242,7 @@ func (in *Input) lead(ctx context.Context, l *lease) {
 	stop()
 	<-done
 	if ctx.Err() != nil { // so that the next one need not wait a term
-		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		if err := in.renew(last, l, ""); err != nil {
 			in.cfg.Log.Warn("the Lease of the Events is not given back; it runs out", "error.message", err.Error())

@@ -112,7 +112,7 @@ func (c *cluster) reader(identity string) *reader {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	if r.Input, err = New(Config{API: c.api, Namespace: c.namespace, Identity: identity, Cluster: "c", Journal: w, Term: 3 * time.Second, Log: log}); err != nil {
+	if r.Input, err = New(Config{API: c.api, Namespace: c.namespace, Identity: identity, Cluster: "c", Journal: w, Term: 12 * time.Second, Log: log}); err != nil {
 		c.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
