@@ -66,6 +66,19 @@ func resealed(body []byte, from, to string) []byte {
 	return append([]byte(header(reasonsMagic, body)+"\n"), body...)
 }
 
+// Samples are a list also where there are none, so that no reader finds null.
+func TestSumWithoutSamples(t *testing.T) {
+	w := newReasons(time.Now())
+	for i := range maxReasons + 1 {
+		w.unread(&record.Resource{Pod: strconv.Itoa(i)}, "off", time.Now())
+	}
+	for _, x := range w.list("o") {
+		if x.Samples == nil {
+			t.Errorf("%q has no list", x.Pod)
+		}
+	}
+}
+
 // Samples that come after all reasons are there count towards the limit, too.
 func TestLateSamplesAreBounded(t *testing.T) {
 	w := newReasons(time.Now())

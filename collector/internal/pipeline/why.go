@@ -146,7 +146,7 @@ func (w *reasons) shrink() {
 		}
 		rest := w.m[reasonKey{cause: k.cause}]
 		if rest == nil {
-			rest = &noted{Reason: Reason{Cause: x.Cause}}
+			rest = &noted{Reason: Reason{Cause: x.Cause, Samples: []string{}}}
 			w.m[reasonKey{cause: k.cause}] = rest
 		}
 		rest.at = max(rest.at, x.at)
