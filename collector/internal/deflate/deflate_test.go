@@ -229,7 +229,13 @@ func TestMarkIsForgotten(t *testing.T) {
 	s.repeat(0)
 	s.repeat(0)
 	s.close(t)
-	other := newScript(text)
+	whole := s.texts[0]
+	for _, n := range []int{len(whole) / 2, len(whole), len(whole) - 1} { // of the same memory
+		s.texts[0] = whole[:n]
+		s.repeat(0)
+		s.repeat(0)
+	}
+	other := newScript(s.texts[0])
 	other.marks = s.marks
 	other.write(make([]byte, 100))
 	other.repeat(0)
@@ -262,6 +268,46 @@ func TestRandomOrder(t *testing.T) {
 				default:
 					s.repeat(rng.IntN(len(texts)))
 				}
+			}
+			s.close(t)
+		}
+	}
+}
+
+// One Writer makes streams for ever, of which some are given up at any moment, while
+// callers forget their texts and make them anew.
+func TestManyStreams(t *testing.T) {
+	for seed := range uint64(4) {
+		rng := rand.New(rand.NewPCG(seed, 3))
+		var texts [][]byte
+		for range 30 {
+			texts = append(texts, random(rng.Uint64(), 1+rng.IntN([]int{40, 1500, window}[rng.IntN(3)]), 2+rng.IntN(255)))
+		}
+		s := newScript(texts...)
+		for range 120 {
+			kind, most, n := rng.IntN(4), rng.IntN(1<<(8+rng.IntN(11))), rng.IntN(len(texts))
+			for i := 0; len(s.plain) < most; i++ {
+				if rng.IntN(10) == 0 {
+					n = rng.IntN(len(texts))
+				}
+				s.repeat(n)
+				switch kind {
+				case 0: // documents
+					s.write(fmt.Appendf(nil, `%d","time":%d,"message":"order %d of %x"`, i*173, i, rng.IntN(1e6), rng.Uint32()))
+				case 1: // a few bytes: plain has mostly gaps
+					s.write(random(rng.Uint64(), 1+rng.IntN(6), 256))
+				case 2: // what was there lately, so that matches are continued
+					at := max(0, len(s.plain)-rng.IntN(window))
+					s.write(bytes.Clone(s.plain[at:min(at+rng.IntN(2000), len(s.plain))]))
+				}
+				if rng.IntN(200) == 0 {
+					texts[n] = bytes.Clone(texts[n])
+				}
+			}
+			if rng.IntN(5) == 0 {
+				s.w.Reset(s.out[:0])
+				s.plain = s.plain[:0]
+				continue
 			}
 			s.close(t)
 		}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -63,6 +64,34 @@ func TestReasonsAreReadBack(t *testing.T) {
 func resealed(body []byte, from, to string) []byte {
 	body = bytes.Replace(body, []byte(from), []byte(to), 1)
 	return append([]byte(header(reasonsMagic, body)+"\n"), body...)
+}
+
+// Samples are a list also where there are none, so that no reader finds null.
+func TestSumWithoutSamples(t *testing.T) {
+	w := newReasons(time.Now())
+	for i := range maxReasons + 1 {
+		w.unread(&record.Resource{Pod: strconv.Itoa(i)}, "off", time.Now())
+	}
+	for _, x := range w.list("o") {
+		if x.Samples == nil {
+			t.Errorf("%q has no list", x.Pod)
+		}
+	}
+}
+
+// Samples that come after all reasons are there count towards the limit, too.
+func TestLateSamplesAreBounded(t *testing.T) {
+	w := newReasons(time.Now())
+	rule, body := strings.Repeat("\x01", maxReasonBytes/maxReasons-2*maxSample), strings.Repeat("\x01", maxSample)
+	for range maxSamples {
+		for i := range maxReasons {
+			w.note(&record.Record{Resource: &record.Resource{Pod: strconv.Itoa(i)}, Body: body}, ledger.Rejected, rule, 10)
+		}
+	}
+	b, _, err := w.encode()
+	if err != nil || len(b) > maxReasonsFile || w.bytes > maxReasonBytes+4096 {
+		t.Errorf("%d bytes in memory, %d in the file, %v", w.bytes, len(b), err)
+	}
 }
 
 // Pods come and go for years: memory and file stay bounded, what is new has its

@@ -95,7 +95,7 @@ func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes 
 	if x.Last = r.Time.UTC(); x.Last.Year() < 0 || x.Last.Year() > 9999 {
 		x.Last = time.Time{} // RFC 3339 has no such year
 	}
-	if len(x.Samples) < maxSamples {
+	if len(x.Samples) < maxSamples && w.bytes < maxReasonBytes {
 		s := strings.Clone(clip(r.Body, maxSample)) // not the chunk that the body is part of
 		x.Samples = append(x.Samples, s)
 		w.bytes += len(s)
@@ -146,7 +146,7 @@ func (w *reasons) shrink() {
 		}
 		rest := w.m[reasonKey{cause: k.cause}]
 		if rest == nil {
-			rest = &noted{Reason: Reason{Cause: x.Cause}}
+			rest = &noted{Reason: Reason{Cause: x.Cause, Samples: []string{}}}
 			w.m[reasonKey{cause: k.cause}] = rest
 		}
 		rest.at = max(rest.at, x.at)
