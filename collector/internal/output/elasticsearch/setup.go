@@ -23,7 +23,7 @@ import (
 const (
 	templateName    = "logs-outrigger"
 	componentName   = "logs-outrigger@mappings"
-	templateVersion = 1
+	templateVersion = 2
 	// templatePriority is above the built-in logs template (100) and below the usual
 	// ones of users and integrations (200 and more), which so have the last word.
 	templatePriority = 150
