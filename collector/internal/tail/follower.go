@@ -198,6 +198,7 @@ type Follower struct {
 	noSpool bool                          // links cannot be made here
 	linked  bool                          // one could be made
 	missed  bool                          // a full sweep found what no hint told of
+	stale   bool                          // a listing shows what is not so any more, or may do so
 	buf     []byte
 	headBuf [firstLine]byte
 	slab    slab
@@ -522,12 +523,31 @@ func (f *Follower) sweepHinted(folder string, visit func(string)) {
 	}
 }
 
+// maxListings of a folder are made in one sweep.
+const maxListings = 4
+
 // sweepContainer brings the generations of a container's logs up to date. It
 // reports whether it saw everything.
-func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
+//
+// What has a name in the listing may be another file by the time it is opened: then the one
+// that was listed has a name that the listing does not show, and comes before the other. So
+// the folder is listed again after a new file, until there is none.
+func (f *Follower) sweepContainer(folder string, visit func(string)) (complete bool) {
 	if visit != nil {
 		visit(folder)
 	}
+	for i := range maxListings {
+		f.stale = false
+		if complete = f.listContainer(folder, i == maxListings-1); !f.stale {
+			break
+		}
+	}
+	return complete
+}
+
+// listContainer is one look of sweepContainer. One that finds itself stale takes nothing for
+// missing unless it is the last.
+func (f *Follower) listContainer(folder string, last bool) bool {
 	entries, err := os.ReadDir(folder)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		f.failed("list", folder, err)
@@ -578,7 +598,10 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 			n = &listing{live: l.path}
 			f.bring(l, n)
 		}
-		f.missing(l, n)
+		if !f.stale || last {
+			f.place(l, n)
+			f.missing(l, n)
+		}
 	}
 	return complete
 }
@@ -606,10 +629,10 @@ func (n *listing) add(path string) {
 	})
 }
 
-// bring makes sure that the files of these names are among the generations of l, in their order.
+// bring makes sure that the files of these names are among the generations of l. What it adds is
+// in its place after place.
 func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 	complete = true
-	before := len(l.gens)
 	for _, g := range l.gens {
 		g.named = false
 	}
@@ -631,7 +654,13 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 			failed(path, err)
 		}
 	}
-	l.order(before)
+	return complete
+}
+
+// place gives the generations that have names their places, and notes whether they follow the
+// one before.
+func (f *Follower) place(l *containerLog, n *listing) {
+	l.order()
 	for i, g := range l.gens {
 		switch {
 		case !g.named:
@@ -649,7 +678,6 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 			f.succeed(l, g, apart)
 		}
 	}
-	return complete
 }
 
 // follows reports whether the listing proves that no generation lay between older and g. The
@@ -679,14 +707,23 @@ func (f *Follower) rotatedAside(l *containerLog, older *generation) bool {
 	return err == nil && dev == older.dev && ino == older.ino
 }
 
-// order gives the generations after the first known ones their places. The known are in order
+// order gives the fresh generations their places. The known are in order
 // already. One without a name is not compared with: the oldest is deleted first, so it stays
 // before the new ones, whatever the clocks of kubelet and of the file system say.
-func (l *containerLog) order(known int) {
-	fresh := slices.Clone(l.gens[known:])
+func (l *containerLog) order() {
+	var fresh []*generation
+	for _, g := range l.gens {
+		if g.fresh {
+			fresh = append(fresh, g)
+		}
+	}
+	if len(fresh) == 0 {
+		return
+	}
+	l.gens = slices.DeleteFunc(l.gens, func(g *generation) bool { return g.fresh })
 	slices.SortStableFunc(fresh, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
-	l.gens = l.gens[:known]
 	for _, g := range fresh {
+		g.fresh = false
 		age := l.age(g)
 		i := slices.IndexFunc(l.gens, func(o *generation) bool { return o.named && l.age(o) > age })
 		if i < 0 {
@@ -744,17 +781,19 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 	}
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
+		f.stale = true
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	g := &generation{path: path, modified: stampOf(info.ModTime()), named: true}
+	g := &generation{path: path, modified: stampOf(info.ModTime()), named: true, fresh: true}
 	if g.dev, g.ino, err = numbers(info); err != nil {
 		return err
 	}
 	if err := f.open(l, g); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
+			f.stale = true
 			return nil
 		}
 		return err
@@ -781,7 +820,7 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 	}
 	f.book.Written(g.id, g.size)
 	l.gens = append(l.gens, g)
-	f.missed = true
+	f.missed, f.stale = true, true
 	f.enqueue(l)
 	return nil
 }
@@ -790,7 +829,8 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 func (f *Follower) find(l *containerLog, path string) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // renamed meanwhile; the next sweep sees where to
+		f.stale = true // renamed meanwhile; the next listing shows where to
+		return nil
 	}
 	if err != nil {
 		return err
@@ -828,15 +868,16 @@ func (f *Follower) find(l *containerLog, path string) error {
 	if path == l.path {
 		path = l.path // one text in memory, not two
 	}
-	g := &generation{path: path, dev: dev, ino: ino, named: true}
+	g := &generation{path: path, dev: dev, ino: ino, named: true, fresh: true}
 	if err := f.open(l, g); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
+			f.stale = true
 			return nil
 		}
 		return err
 	}
 	l.gens = append(l.gens, g)
-	f.missed = true
+	f.missed, f.stale = true, true
 	f.enqueue(l)
 	f.verify(l, g)
 	return nil

@@ -409,7 +409,7 @@ func (f *Follower) replace(l *containerLog, g *generation) {
 	f.giveUp(g, ledger.Truncated)
 	g.long = nil
 	g.replaced = true
-	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, named: g.named, after: adjacent, before: g}
+	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, named: g.named, fresh: g.fresh, after: adjacent, before: g}
 	g.file = nil
 	f.unlink(f.linkPath(l, g.link)) // it is the new one's inode by now
 	g.link = ""
