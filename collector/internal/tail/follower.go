@@ -36,6 +36,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -842,7 +843,7 @@ func (f *Follower) find(l *containerLog, path string) error {
 	for _, g := range l.gens {
 		// A rotated file never gets its first name back: if the inode of one has
 		// that name, it was deleted and the inode is used again.
-		if reused := path == l.path && g.path != l.path; g.dev == dev && g.ino == ino && g.gz == nil && !g.replaced && !reused {
+		if reused := path == l.path && g.path != l.path; g.dev == dev && g.ino == ino && g.gz == nil && !g.replaced && !reused && f.renamed(g, path, info.Size()) {
 			if g.path != path {
 				g.path = path
 				f.reopenAccount(l, g)
@@ -881,6 +882,27 @@ func (f *Follower) find(l *containerLog, path string) error {
 	f.enqueue(l)
 	f.verify(l, g)
 	return nil
+}
+
+// renamed reports whether the file at path, which has the inode of g, is g. One that is neither
+// open nor in the spool does not keep its inode: another file may have got it, and may have been
+// rotated before we saw it.
+func (f *Follower) renamed(g *generation, path string, size int64) bool {
+	if g.path == path || g.file != nil || g.link != "" || g.id == "" {
+		return true
+	}
+	if size < g.size {
+		return false
+	}
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return true // nothing is read of it before it can be opened and verified
+	}
+	same, err := f.same(&generation{file: file, first: g.first, hash: g.hash})
+	if closed := file.Close(); closed != nil {
+		f.failed("close", path, closed)
+	}
+	return same || err != nil
 }
 
 func (f *Follower) reopenAccount(l *containerLog, g *generation) {

@@ -3,12 +3,30 @@ package tail_test
 import (
 	"context"
 	"log/slog"
+	"os"
 	"testing"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
 )
 
 // What TestRandom has found, one by one.
+
+// The oldest file is deleted, the new log file gets its inode and is rotated before anybody
+// looks: it is another file, and comes last.
+func TestInodeReusedAndRotated(t *testing.T) {
+	n := start(t)
+	n.write(cart, "F 1")
+	n.rotate(rotatedA, "F 2")
+	n.want("1", "2")
+	n.rename(rotatedA, "aside") // keeps the inode
+	n.rename(cart, rotatedB)
+	n.must(os.Truncate(n.path("aside"), 0))
+	n.rename("aside", cart)
+	n.write(cart, "F 3") // as long as the file was that had the inode
+	n.rotate(rotatedC, "F 4")
+	n.want("3", "4")
+	n.closed(nil)
+}
 
 // between does something when a folder was listed that has a file which is no log, and nothing of
 // it was opened.
