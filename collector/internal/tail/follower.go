@@ -854,11 +854,13 @@ func (f *Follower) find(l *containerLog, path string) error {
 				delete(f.gone, g)
 				f.reopenAccount(l, g)
 			}
-			if info.Size() != g.offset {
+			// Another file of the same size may have the inode, or have overwritten it.
+			other := stampOf(info.ModTime()) != g.modified
+			if info.Size() != g.offset || other {
 				g.again = true
 				f.enqueue(l)
 			}
-			if info.Size() != g.size && g.file != nil {
+			if (info.Size() != g.size || other) && g.file != nil {
 				f.missed = true
 				f.verify(l, g) // so that what is pending is known without reading it
 			}

@@ -28,6 +28,31 @@ func TestInodeReusedAndRotated(t *testing.T) {
 	n.closed(nil)
 }
 
+// Overwritten in place, and by the next look as long as it was.
+func TestOverwrittenWithAsMuch(t *testing.T) {
+	n := start(t)
+	n.write(cart, "F 1")
+	n.want("1")
+	n.must(os.Truncate(n.path(cart), 0))
+	n.write(cart, "F 2")
+	n.must(os.Chtimes(n.path(cart), n.now, n.now))
+	n.want("2")
+	n.closed(nil)
+}
+
+// Seen, overwritten before it was read, and by then as long as what was read of it.
+func TestOverwrittenWithAsMuchAsWasRead(t *testing.T) {
+	n := start(t)
+	n.write(cart, "F 1")
+	n.want("1")
+	n.write(cart, "F 2")
+	n.f.Sweep(true, nil, nil)
+	n.must(os.Truncate(n.path(cart), 0))
+	n.write(cart, "F 3")
+	n.want("3")
+	n.closed(map[string]int64{"truncated": 42})
+}
+
 // between does something when a folder was listed that has a file which is no log, and nothing of
 // it was opened.
 type between struct {

@@ -367,6 +367,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 		return false
 	}
 	size := info.Size()
+	touched := g.modified != stampOf(info.ModTime()) || size < g.size
 	g.modified = stampOf(info.ModTime())
 	if g.id == "" {
 		g.note(size)
@@ -382,7 +383,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 		}
 	}
 	same := size >= g.offset
-	if same && size > g.offset {
+	if same && (size > g.offset || touched) {
 		if same, err = f.same(g); err != nil {
 			f.failed("read", g.path, err)
 			return false
