@@ -53,6 +53,20 @@ func TestOverwrittenWithAsMuchAsWasRead(t *testing.T) {
 	n.closed(map[string]int64{"truncated": 42})
 }
 
+// Overwritten, rotated, and there is a new one, when its turn comes.
+func TestOverwrittenComesBeforeTheNext(t *testing.T) {
+	n := spooled(t)
+	n.write(cart, "F 1", "F 2")
+	n.want("1", "2")
+	n.must(os.Truncate(n.path(cart), 0))
+	n.write(cart, "F 3")
+	n.rename(cart, rotatedA)
+	n.write(cart, "F 4")
+	n.remove(rotatedA)
+	n.want("3", "4")
+	n.closed(nil)
+}
+
 // between does something when a folder was listed that has a file which is no log, and nothing of
 // it was opened.
 type between struct {

@@ -111,6 +111,10 @@ func (f *Follower) turn(l *containerLog) stop {
 		if !credit {
 			return noCredit
 		}
+		if g.replaced {
+			f.enqueue(l) // what it was replaced by comes next, and may not have been there when we began
+			return atEnd
+		}
 	}
 	if len(l.gens) == 0 { // the last may have been given up
 		if !f.cutOff(l) {
@@ -421,6 +425,7 @@ func (f *Follower) replace(l *containerLog, g *generation) {
 	i := slices.Index(l.gens, g)
 	l.gens = slices.Insert(l.gens, i+1, next)
 	f.enqueue(l)
+	f.verify(l, next) // so that it has its account and its link before its turn comes
 }
 
 // line takes one physical line. text is the same line as a string that may be
