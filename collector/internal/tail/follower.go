@@ -780,6 +780,13 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 			return nil
 		}
 	}
+	for _, o := range slices.Clone(l.gens) {
+		// It may be the copy of one whose first line was not whole when we last looked, or is
+		// another by now.
+		if !o.named && !o.finished && !o.replaced && o.gz == nil && f.open(l, o) == nil {
+			f.verify(l, o)
+		}
+	}
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		f.stale = true

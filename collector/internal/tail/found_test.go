@@ -67,6 +67,30 @@ func TestOverwrittenComesBeforeTheNext(t *testing.T) {
 	n.closed(nil)
 }
 
+// Compressed before the first line, of which half was there at the last look, or another first
+// line could be seen.
+func TestCompressedBeforeItIsKnown(t *testing.T) {
+	for _, truncated := range []bool{false, true} {
+		n := start(t)
+		n.raw(cart, "2026-11-23T02:00:00Z std")
+		if truncated {
+			n.raw(cart, "out F 0\n")
+		}
+		n.f.Sweep(true, nil, nil)
+		if truncated {
+			n.must(os.Truncate(n.path(cart), 0))
+			n.raw(cart, "2026-11-23T02:00:00.5Z std")
+		}
+		n.raw(cart, "out F 1\n")
+		n.rotate(rotatedA, "F 2")
+		n.compress(rotatedA)
+		n.want("1", "2")
+		n.stop()
+		n.follow()
+		n.want()
+	}
+}
+
 // between does something when a folder was listed that has a file which is no log, and nothing of
 // it was opened.
 type between struct {
