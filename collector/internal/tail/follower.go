@@ -854,6 +854,9 @@ func (f *Follower) find(l *containerLog, path string) error {
 			if g.path != path {
 				g.path = path
 				f.reopenAccount(l, g)
+				if g.id != "" && !g.finished {
+					f.keep(l, g) // its name was not known when it could have got a link
+				}
 			}
 			g.missingSince, g.named = 0, true
 			if g.restored {

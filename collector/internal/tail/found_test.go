@@ -91,6 +91,21 @@ func TestCompressedBeforeItIsKnown(t *testing.T) {
 	}
 }
 
+// Its first line is whole only when the file has another name: it gets its link all the same.
+func TestLinkOfARenamedFile(t *testing.T) {
+	n := spooled(t)
+	n.raw(cart, "2026-11-23T02:00:00Z std")
+	n.f.Sweep(true, nil, nil)
+	n.raw(cart, "out F 1\n")
+	n.rename(cart, rotatedA)
+	n.f.Read(func(tail.Entry) bool { return true }) // and is not settled
+	n.f.Sweep(true, nil, nil)
+	n.remove(rotatedA)
+	n.restart()
+	n.want("1")
+	n.closed(nil)
+}
+
 // between does something when a folder was listed that has a file which is no log, and nothing of
 // it was opened.
 type between struct {
