@@ -6,6 +6,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
 )
 
@@ -104,6 +105,24 @@ func TestLinkOfARenamedFile(t *testing.T) {
 	n.restart()
 	n.want("1")
 	n.closed(nil)
+}
+
+// An empty file has no account, and its copy gives it none: a checkpoint with one would be
+// taken for damaged.
+func TestCompressedEmpty(t *testing.T) {
+	n := start(t)
+	n.write(cart, "F 1")
+	n.want("1")
+	n.must(os.Truncate(n.path(cart), 0))
+	n.rotate(rotatedA, "F 2")
+	n.f.Sweep(true, nil, nil)
+	n.compress(rotatedA)
+	n.want("2")
+	b, err := n.ledger.Encode()
+	n.must(err)
+	if _, err := ledger.Decode(b); err != nil {
+		t.Error(err)
+	}
 }
 
 // between does something when a folder was listed that has a file which is no log, and nothing of

@@ -167,7 +167,7 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 		f.giveUp(g, ledger.RotatedAway) // neither the open file nor a link is left
 		credit = f.cutOff(l)
 	}
-	if g.gone && g.gzPath != "" && !g.replaced {
+	if g.gone && g.gzPath != "" && g.id != "" && !g.replaced {
 		// What it was lives on as the compressed copy, which is not to be read again.
 		// Should we end now, the next process finds the account by the copy.
 		f.book.Open(g.id, g.gzPath, l.owner())
