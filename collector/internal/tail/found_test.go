@@ -8,6 +8,7 @@ import (
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
+	"github.com/outrigger-mesh/outrigger/collector/record"
 )
 
 // What TestRandom has found, one by one.
@@ -123,6 +124,34 @@ func TestCompressedEmpty(t *testing.T) {
 	if _, err := ledger.Decode(b); err != nil {
 		t.Error(err)
 	}
+}
+
+// What a rule has taken is a gap: a line does not go on behind it.
+func TestOffIsAGap(t *testing.T) {
+	n := start(t)
+	n.stop()
+	off, generation := false, uint64(0)
+	n.config.Policy = func(*record.Resource) tail.Policy {
+		if off {
+			return tail.Policy{Off: "annotation"}
+		}
+		return tail.Policy{}
+	}
+	n.config.Generation = func() uint64 { return generation }
+	n.config.Resource = func(from *record.Resource) (*record.Resource, bool) {
+		r := *from
+		return &r, true
+	}
+	n.follow()
+	n.write(cart, "F 1", "P be")
+	n.want("1")
+	off, generation = true, 1
+	n.write(cart, "F gin", "P on")
+	n.want("be")
+	off, generation = false, 2
+	n.write(cart, "F ce")
+	n.want("ce")
+	n.closed(map[string]int64{"rule": 44 + 43})
 }
 
 // between does something when a folder was listed that has a file which is no log, and nothing of

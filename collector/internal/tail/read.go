@@ -254,6 +254,9 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 			f.book.GiveUp(g.id, g.unread(), ledger.ByRule)
 			g.offset = g.size
 			g.long = nil
+			if !f.cutOff(l) { // what was open before does not go on behind the gap
+				return noCredit
+			}
 		}
 	}
 	for g.offset < g.size {
