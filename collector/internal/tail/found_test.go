@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/outrigger-mesh/outrigger/collector/internal/ledger"
 	"github.com/outrigger-mesh/outrigger/collector/internal/tail"
@@ -152,6 +153,26 @@ func TestOffIsAGap(t *testing.T) {
 	n.write(cart, "F ce")
 	n.want("ce")
 	n.closed(map[string]int64{"rule": 44 + 43})
+}
+
+// Two kept files were last written to in the same tick of the file system's clock.
+func TestSpoolOrderWithinATick(t *testing.T) {
+	n := spooled(t)
+	n.raw("aside", "") // so that the younger has the lower number
+	n.write(cart, "F 1")
+	n.rename(cart, rotatedA)
+	n.rename("aside", cart)
+	n.write(cart, "F 2")
+	n.f.Sweep(true, nil, nil)
+	n.stop()
+	at := time.Now()
+	for _, name := range []string{cart, rotatedA} {
+		n.must(os.Chtimes(n.path(name), at, at))
+	}
+	n.must(os.RemoveAll(n.path(folder)))
+	n.restart()
+	n.want("1", "2")
+	n.closed(nil)
 }
 
 // between does something when a folder was listed that has a file which is no log, and nothing of
