@@ -82,6 +82,11 @@ func (f *Follower) turn(l *containerLog) stop {
 			break
 		}
 		if g.finished && !g.gone && !g.replaced {
+			if g.offset == g.size { // it had grown, and was read again
+				if err := g.close(); err != nil {
+					f.failed("close", g.path, err)
+				}
+			}
 			continue
 		}
 		// Superseded or deleted: finished once it has been quiet for a while. One
