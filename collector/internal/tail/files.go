@@ -78,6 +78,7 @@ func (f *Follower) sweepFiles(in *Files, visit func(string), seen map[string]boo
 			if !f.bring(l, n) {
 				complete = false
 			}
+			f.place(l, n)
 			f.missing(l, n)
 		}
 	}

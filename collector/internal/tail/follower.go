@@ -36,6 +36,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -199,6 +200,7 @@ type Follower struct {
 	deleted int64                         // unread bytes of deleted files, as the gauge has them
 	linked  bool                          // one could be made
 	missed  bool                          // a full sweep found what no hint told of
+	stale   bool                          // a listing shows what is not so any more, or may do so
 	buf     []byte
 	headBuf [firstLine]byte
 	slab    slab
@@ -524,12 +526,31 @@ func (f *Follower) sweepHinted(folder string, visit func(string)) {
 	}
 }
 
+// maxListings of a folder are made in one sweep.
+const maxListings = 4
+
 // sweepContainer brings the generations of a container's logs up to date. It
 // reports whether it saw everything.
-func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
+//
+// What has a name in the listing may be another file by the time it is opened: then the one
+// that was listed has a name that the listing does not show, and comes before the other. So
+// the folder is listed again after a new file, until there is none.
+func (f *Follower) sweepContainer(folder string, visit func(string)) (complete bool) {
 	if visit != nil {
 		visit(folder)
 	}
+	for i := range maxListings {
+		f.stale = false
+		if complete = f.listContainer(folder, i == maxListings-1); !f.stale {
+			break
+		}
+	}
+	return complete
+}
+
+// listContainer is one look of sweepContainer. One that finds itself stale takes nothing for
+// missing unless it is the last.
+func (f *Follower) listContainer(folder string, last bool) bool {
 	entries, err := os.ReadDir(folder)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		f.failed("list", folder, err)
@@ -580,7 +601,10 @@ func (f *Follower) sweepContainer(folder string, visit func(string)) bool {
 			n = &listing{live: l.path}
 			f.bring(l, n)
 		}
-		f.missing(l, n)
+		if !f.stale || last {
+			f.place(l, n)
+			f.missing(l, n)
+		}
 	}
 	return complete
 }
@@ -608,10 +632,10 @@ func (n *listing) add(path string) {
 	})
 }
 
-// bring makes sure that the files of these names are among the generations of l, in their order.
+// bring makes sure that the files of these names are among the generations of l. What it adds is
+// in its place after place.
 func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 	complete = true
-	before := len(l.gens)
 	for _, g := range l.gens {
 		g.named = false
 	}
@@ -633,7 +657,13 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 			failed(path, err)
 		}
 	}
-	l.order(before)
+	return complete
+}
+
+// place gives the generations that have names their places, and notes whether they follow the
+// one before.
+func (f *Follower) place(l *containerLog, n *listing) {
+	l.order()
 	for i, g := range l.gens {
 		switch {
 		case !g.named:
@@ -651,7 +681,6 @@ func (f *Follower) bring(l *containerLog, n *listing) (complete bool) {
 			f.succeed(l, g, apart)
 		}
 	}
-	return complete
 }
 
 // follows reports whether the listing proves that no generation lay between older and g. The
@@ -681,14 +710,23 @@ func (f *Follower) rotatedAside(l *containerLog, older *generation) bool {
 	return err == nil && dev == older.dev && ino == older.ino
 }
 
-// order gives the generations after the first known ones their places. The known are in order
+// order gives the fresh generations their places. The known are in order
 // already. One without a name is not compared with: the oldest is deleted first, so it stays
 // before the new ones, whatever the clocks of kubelet and of the file system say.
-func (l *containerLog) order(known int) {
-	fresh := slices.Clone(l.gens[known:])
+func (l *containerLog) order() {
+	var fresh []*generation
+	for _, g := range l.gens {
+		if g.fresh {
+			fresh = append(fresh, g)
+		}
+	}
+	if len(fresh) == 0 {
+		return
+	}
+	l.gens = slices.DeleteFunc(l.gens, func(g *generation) bool { return g.fresh })
 	slices.SortStableFunc(fresh, func(a, b *generation) int { return strings.Compare(l.age(a), l.age(b)) })
-	l.gens = l.gens[:known]
 	for _, g := range fresh {
+		g.fresh = false
 		age := l.age(g)
 		i := slices.IndexFunc(l.gens, func(o *generation) bool { return o.named && l.age(o) > age })
 		if i < 0 {
@@ -744,19 +782,28 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 			return nil
 		}
 	}
+	for _, o := range slices.Clone(l.gens) {
+		// It may be the copy of one whose first line was not whole when we last looked, or is
+		// another by now.
+		if !o.named && !o.finished && !o.replaced && o.gz == nil && f.open(l, o) == nil {
+			f.verify(l, o)
+		}
+	}
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
+		f.stale = true
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	g := &generation{path: path, modified: stampOf(info.ModTime()), named: true}
+	g := &generation{path: path, modified: stampOf(info.ModTime()), named: true, fresh: true}
 	if g.dev, g.ino, err = numbers(info); err != nil {
 		return err
 	}
 	if err := f.open(l, g); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
+			f.stale = true
 			return nil
 		}
 		return err
@@ -783,7 +830,7 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 	}
 	f.book.Written(g.id, g.size)
 	l.gens = append(l.gens, g)
-	f.missed = true
+	f.missed, f.stale = true, true
 	f.enqueue(l)
 	return nil
 }
@@ -792,7 +839,8 @@ func (f *Follower) findGzip(l *containerLog, n *listing, path string) error {
 func (f *Follower) find(l *containerLog, path string) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // renamed meanwhile; the next sweep sees where to
+		f.stale = true // renamed meanwhile; the next listing shows where to
+		return nil
 	}
 	if err != nil {
 		return err
@@ -804,10 +852,13 @@ func (f *Follower) find(l *containerLog, path string) error {
 	for _, g := range l.gens {
 		// A rotated file never gets its first name back: if the inode of one has
 		// that name, it was deleted and the inode is used again.
-		if reused := path == l.path && g.path != l.path; g.dev == dev && g.ino == ino && g.gz == nil && !g.replaced && !reused {
+		if reused := path == l.path && g.path != l.path; g.dev == dev && g.ino == ino && g.gz == nil && !g.replaced && !reused && f.renamed(g, path, info.Size()) {
 			if g.path != path {
 				g.path = path
 				f.reopenAccount(l, g)
+				if g.id != "" && !g.finished {
+					f.keep(l, g) // its name was not known when it could have got a link
+				}
 			}
 			g.missingSince, g.named = 0, true
 			if g.restored {
@@ -815,11 +866,13 @@ func (f *Follower) find(l *containerLog, path string) error {
 				delete(f.gone, g)
 				f.reopenAccount(l, g)
 			}
-			if info.Size() != g.offset {
+			// Another file of the same size may have the inode, or have overwritten it.
+			other := stampOf(info.ModTime()) != g.modified
+			if info.Size() != g.offset || other {
 				g.again = true
 				f.enqueue(l)
 			}
-			if info.Size() != g.size && g.file != nil {
+			if (info.Size() != g.size || other) && g.file != nil {
 				f.missed = true
 				f.verify(l, g) // so that what is pending is known without reading it
 			}
@@ -830,18 +883,40 @@ func (f *Follower) find(l *containerLog, path string) error {
 	if path == l.path {
 		path = l.path // one text in memory, not two
 	}
-	g := &generation{path: path, dev: dev, ino: ino, named: true}
+	g := &generation{path: path, dev: dev, ino: ino, named: true, fresh: true}
 	if err := f.open(l, g); err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errOther) {
+			f.stale = true
 			return nil
 		}
 		return err
 	}
 	l.gens = append(l.gens, g)
-	f.missed = true
+	f.missed, f.stale = true, true
 	f.enqueue(l)
 	f.verify(l, g)
 	return nil
+}
+
+// renamed reports whether the file at path, which has the inode of g, is g. One that is neither
+// open nor in the spool does not keep its inode: another file may have got it, and may have been
+// rotated before we saw it.
+func (f *Follower) renamed(g *generation, path string, size int64) bool {
+	if g.path == path || g.file != nil || g.link != "" || g.id == "" {
+		return true
+	}
+	if size < g.size {
+		return false
+	}
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return true // nothing is read of it before it can be opened and verified
+	}
+	same, err := f.same(&generation{file: file, first: g.first, hash: g.hash})
+	if closed := file.Close(); closed != nil {
+		f.failed("close", path, closed)
+	}
+	return same || err != nil
 }
 
 func (f *Follower) reopenAccount(l *containerLog, g *generation) {

@@ -54,6 +54,7 @@ type generation struct {
 	replaced     bool // overwritten in place: the file is another generation now
 	restored     bool // found in the spool, and not yet seen elsewhere
 	named        bool // found in the last listing of its folder
+	fresh        bool // found in this sweep, and not yet in its place
 	finished     bool // superseded and read to its end
 	again        bool // finished, and then seen to have grown
 

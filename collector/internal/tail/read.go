@@ -82,6 +82,11 @@ func (f *Follower) turn(l *containerLog) stop {
 			break
 		}
 		if g.finished && !g.gone && !g.replaced {
+			if g.offset == g.size { // it had grown, and was read again
+				if err := g.close(); err != nil {
+					f.failed("close", g.path, err)
+				}
+			}
 			continue
 		}
 		// Superseded or deleted: finished once it has been quiet for a while. One
@@ -110,6 +115,10 @@ func (f *Follower) turn(l *containerLog) stop {
 		}
 		if !credit {
 			return noCredit
+		}
+		if g.replaced {
+			f.enqueue(l) // what it was replaced by comes next, and may not have been there when we began
+			return atEnd
 		}
 	}
 	if len(l.gens) == 0 { // the last may have been given up
@@ -163,7 +172,7 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 		f.giveUp(g, ledger.RotatedAway) // neither the open file nor a link is left
 		credit = f.cutOff(l)
 	}
-	if g.gone && g.gzPath != "" && !g.replaced {
+	if g.gone && g.gzPath != "" && g.id != "" && !g.replaced {
 		// What it was lives on as the compressed copy, which is not to be read again.
 		// Should we end now, the next process finds the account by the copy.
 		f.book.Open(g.id, g.gzPath, l.owner())
@@ -250,6 +259,9 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 			f.book.GiveUp(g.id, g.unread(), ledger.ByRule)
 			g.offset = g.size
 			g.long = nil
+			if !f.cutOff(l) { // what was open before does not go on behind the gap
+				return noCredit
+			}
 		}
 	}
 	for g.offset < g.size {
@@ -367,6 +379,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 		return false
 	}
 	size := info.Size()
+	touched := g.modified != stampOf(info.ModTime()) || size < g.size
 	g.modified = stampOf(info.ModTime())
 	if g.id == "" {
 		g.note(size)
@@ -382,7 +395,7 @@ func (f *Follower) verify(l *containerLog, g *generation) bool {
 		}
 	}
 	same := size >= g.offset
-	if same && size > g.offset {
+	if same && (size > g.offset || touched) {
 		if same, err = f.same(g); err != nil {
 			f.failed("read", g.path, err)
 			return false
@@ -409,7 +422,7 @@ func (f *Follower) replace(l *containerLog, g *generation) {
 	f.giveUp(g, ledger.Truncated)
 	g.long = nil
 	g.replaced = true
-	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, named: g.named, after: adjacent, before: g}
+	next := &generation{path: g.path, dev: g.dev, ino: g.ino, file: g.file, gone: g.gone, missingSince: g.missingSince, named: g.named, fresh: g.fresh, after: adjacent, before: g}
 	g.file = nil
 	f.unlink(f.linkPath(l, g.link)) // it is the new one's inode by now
 	g.link = ""
@@ -420,6 +433,7 @@ func (f *Follower) replace(l *containerLog, g *generation) {
 	i := slices.Index(l.gens, g)
 	l.gens = slices.Insert(l.gens, i+1, next)
 	f.enqueue(l)
+	f.verify(l, next) // so that it has its account and its link before its turn comes
 }
 
 // line takes one physical line. text is the same line as a string that may be

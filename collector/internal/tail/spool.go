@@ -1,6 +1,7 @@
 package tail
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -172,6 +173,15 @@ func (f *Follower) restore() {
 	}
 }
 
+// time is how the first line begins.
+func (g *generation) time() []byte {
+	b, err := g.head(make([]byte, len("2026-11-23T02:00:00.000000000Z")))
+	if err != nil || len(b) == 0 {
+		return []byte{'~'} // the youngest has none yet
+	}
+	return b
+}
+
 func (f *Follower) restoreOne(live, link, id string) {
 	info, err := os.Lstat(link)
 	if err != nil {
@@ -201,7 +211,12 @@ func (f *Follower) restoreOne(live, link, id string) {
 		f.log.Warn("a kept log file is not the one that its name says; it is read as what it is", "file.path", link, "outrigger.file", g.id)
 	}
 	l.gens = append(l.gens, g)
-	slices.SortStableFunc(l.gens, func(a, b *generation) int { return cmp.Compare(a.modified, b.modified) })
+	slices.SortStableFunc(l.gens, func(a, b *generation) int {
+		if c := cmp.Compare(a.modified, b.modified); c != 0 {
+			return c
+		}
+		return bytes.Compare(a.time(), b.time()) // the clock of a file system goes in steps of milliseconds
+	})
 	f.gone[g] = l
 	f.enqueue(l)
 }
