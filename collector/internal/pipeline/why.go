@@ -83,13 +83,7 @@ func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes 
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := reasonKey{clip(from.Namespace, maxName), clip(from.Pod, maxName), clip(from.Container, maxName), clip(rule, maxRule), cause}
-	w.noted++
-	x := w.m[k]
-	if x == nil {
-		x = w.add(k)
-	}
-	x.at = w.noted
+	x := w.of(from, cause, rule)
 	x.Records++
 	x.Bytes += bytes
 	if x.Last = r.Time.UTC(); x.Last.Year() < 0 || x.Last.Year() > 9999 {
@@ -106,13 +100,19 @@ func (w *reasons) note(r *record.Record, cause ledger.Cause, rule string, bytes 
 func (w *reasons) unread(from *record.Resource, rule string, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := reasonKey{clip(from.Namespace, maxName), clip(from.Pod, maxName), clip(from.Container, maxName), clip(rule, maxRule), ledger.ByRule}
-	w.noted++
+	w.of(from, ledger.ByRule, rule).Last = now.UTC()
+}
+
+// of returns the reason, which is made if it is not there, as the one that was noted last.
+func (w *reasons) of(from *record.Resource, cause ledger.Cause, rule string) *noted {
+	k := reasonKey{clip(from.Namespace, maxName), clip(from.Pod, maxName), clip(from.Container, maxName), clip(rule, maxRule), cause}
 	x := w.m[k]
 	if x == nil {
 		x = w.add(k)
 	}
-	x.at, x.Last = w.noted, now.UTC()
+	w.noted++
+	x.at = w.noted
+	return x
 }
 
 // add makes room for a reason, and makes it.
