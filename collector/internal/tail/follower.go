@@ -1020,9 +1020,7 @@ func (f *Follower) giveUp(g *generation, cause ledger.Cause) {
 // remove drops a generation of which nothing is left to read. Its account is
 // closed when the last of its bytes is settled; until then its link stays.
 func (f *Follower) remove(l *containerLog, g *generation) {
-	if err := g.close(); err != nil {
-		f.failed("close", g.path, err)
-	}
+	f.shut(g)
 	if g.id != "" {
 		f.leaving = append(f.leaving, leaving{g.id, f.linkPath(l, g.link)})
 	} else {

@@ -83,9 +83,7 @@ func (f *Follower) turn(l *containerLog) stop {
 		}
 		if g.finished && !g.gone && !g.replaced {
 			if g.offset == g.size { // it had grown, and was read again
-				if err := g.close(); err != nil {
-					f.failed("close", g.path, err)
-				}
+				f.shut(g)
 			}
 			continue
 		}
@@ -176,9 +174,7 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 		// What it was lives on as the compressed copy, which is not to be read again.
 		// Should we end now, the next process finds the account by the copy.
 		f.book.Open(g.id, g.gzPath, l.owner())
-		if err := g.close(); err != nil {
-			f.failed("close", g.path, err)
-		}
+		f.shut(g)
 		g.path, g.gzPath, g.gone, g.gz = g.gzPath, "", false, &inflater{}
 		delete(f.gone, g)
 		f.spend(l, g)
@@ -191,9 +187,7 @@ func (f *Follower) finish(l *containerLog, g *generation, last bool) (credit, ok
 		f.remove(l, g)
 		return credit, true
 	}
-	if err := g.close(); err != nil {
-		f.failed("close", g.path, err)
-	}
+	f.shut(g)
 	f.spend(l, g)
 	return credit, true
 }
@@ -298,14 +292,19 @@ func (f *Follower) read(l *containerLog, g *generation) stop {
 	return atEnd
 }
 
+// shut closes the file of a generation, which may be opened again.
+func (f *Follower) shut(g *generation) {
+	if err := g.close(); err != nil {
+		f.failed("close", g.path, err)
+	}
+}
+
 // closeIdle closes a file that is read to its end and quiet. Its link keeps it meanwhile.
 func (f *Follower) closeIdle(g *generation) {
 	if g.file == nil || g.link == "" || g.long != nil || g.offset != g.size || g.quietSince == 0 || g.quietSince.until(stampOf(f.cfg.Now())) <= idleAfter {
 		return
 	}
-	if err := g.close(); err != nil {
-		f.failed("close", g.path, err)
-	}
+	f.shut(g)
 }
 
 // unreadable gives up the rest of a damaged compressed file.
